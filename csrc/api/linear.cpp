@@ -1,0 +1,44 @@
+// Python arguments -> LinearParams -> kernel.
+#include "api/arguments.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace pyfuse {
+namespace {
+
+Activation activation_of(int code) {
+  if (code < 0 || code > static_cast<int>(Activation::relu))
+    throw std::invalid_argument("activation: no such code: " + std::to_string(code));
+  return static_cast<Activation>(code);
+}
+
+void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintptr_t bias, uintptr_t y,
+            int64_t y_stride, int64_t rows, int64_t n, int64_t k, int dtype, int activation,
+            uintptr_t multiply, int64_t multiply_stride, uintptr_t residual, int64_t residual_stride,
+            int threads) {
+  if (rows <= 0 || n <= 0) return;
+  LinearParams p{};
+  p.x = k > 0 ? address(x, "x") : nullptr;
+  p.w = k > 0 ? address(w, "weight") : nullptr;
+  p.y = address(y, "y");
+  p.bias = optional_address(bias);
+  p.multiply = optional_address(multiply);
+  p.residual = optional_address(residual);
+  p.rows = rows, p.n = n, p.k = k;
+  p.x_stride = x_stride, p.w_stride = w_stride, p.y_stride = y_stride;
+  p.multiply_stride = multiply_stride, p.residual_stride = residual_stride;
+  p.dtype = dtype_of(dtype);
+  p.activation = activation_of(activation);
+  p.threads = at_least_one(threads);
+  const py::gil_scoped_release release;
+  cpu::kernels().linear(p);
+}
+
+}  // namespace
+
+void register_linear(py::module_& m) {
+  m.def("linear", &linear, "y = act(x wT + bias) * multiply + residual for few rows; see params.h.");
+}
+
+}  // namespace pyfuse

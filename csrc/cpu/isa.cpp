@@ -1,0 +1,120 @@
+// Picks the instruction set once. Compiled with baseline flags: it runs before anything is known.
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#define PYFUSE_DECLARE(ISA)                                                       \
+  namespace pyfuse::cpu::ISA {                                                    \
+  void attention(const AttentionParams&);                                         \
+  void attention_decode(const AttentionParams&);                                  \
+  void linear(const LinearParams&);                                               \
+  void norm(const NormParams&);                                                   \
+  void rope(const RopeParams&);                                                   \
+  static const Kernels table = {attention, attention_decode, linear, norm, rope}; \
+  }
+
+#if defined(__x86_64__)
+PYFUSE_DECLARE(avx512_bf16)
+PYFUSE_DECLARE(avx512)
+PYFUSE_DECLARE(avx2)
+PYFUSE_DECLARE(baseline)
+#elif defined(__aarch64__)
+PYFUSE_DECLARE(neon)
+#else
+PYFUSE_DECLARE(baseline)
+#endif
+
+namespace pyfuse::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels* table;
+  bool (*runs_here)();
+};
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+const Isa isas[] = {
+    // best first
+#if defined(__x86_64__)
+    {"avx512_bf16", &avx512_bf16::table, has_avx512_bf16},
+    {"avx512", &avx512::table, has_avx512},
+    {"avx2", &avx2::table, has_avx2},
+    {"baseline", &baseline::table, always},
+#elif defined(__aarch64__)
+    {"neon", &neon::table, always},
+#else
+    {"baseline", &baseline::table, always},
+#endif
+};
+
+const Isa& find(const std::string& name) {
+  std::string known;
+  for (const Isa& isa : isas) {
+    if (name == isa.name) {
+      if (!isa.runs_here()) throw std::invalid_argument("PYFUSE_ISA: this CPU has no " + name);
+      return isa;
+    }
+    known += known.empty() ? isa.name : std::string(", ") + isa.name;
+  }
+  throw std::invalid_argument("PYFUSE_ISA: got '" + name + "', needs one of " + known);
+}
+
+const Isa& best() {
+  const char* forced = std::getenv("PYFUSE_ISA");
+  if (forced != nullptr && *forced != '\0') return find(forced);
+  for (const Isa& isa : isas)
+    if (isa.runs_here()) return isa;
+  throw std::runtime_error("pyfuse: no instruction set of this build runs on this CPU");
+}
+
+std::atomic<const Isa*> chosen{nullptr};  // set once, then only by select_isa
+
+const Isa& current() {
+  const Isa* isa = chosen.load(std::memory_order_acquire);
+  if (isa == nullptr) {
+    isa = &best();
+    chosen.store(isa, std::memory_order_release);
+  }
+  return *isa;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current().table; }
+std::string isa() { return current().name; }
+void select_isa(const std::string& name) { chosen.store(&find(name), std::memory_order_release); }
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas)
+    if (isa.runs_here()) names.emplace_back(isa.name);
+  return names;
+}
+
+void bad_switch_value(const char* what, int value) {
+  throw std::invalid_argument(std::string(what) + ": no case for " + std::to_string(value));
+}
+
+
+void out_of_memory(int64_t bytes) {
+  throw std::runtime_error("pyfuse: no memory for a workspace of " + std::to_string(bytes) +
+                           " bytes");
+}
+
+}  // namespace pyfuse::cpu

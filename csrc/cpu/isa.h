@@ -1,0 +1,28 @@
+// The instruction sets that this binary carries, and the one that runs.
+#pragma once
+#include <pyfuse/params.h>
+
+#include <string>
+#include <vector>
+
+namespace pyfuse::cpu {
+
+// The kernels of one instruction set. Every source in csrc/cpu that CMake compiles per instruction
+// set defines one of these functions in its namespace pyfuse::cpu::<isa>.
+struct Kernels {
+  void (*attention)(const AttentionParams&);
+  void (*attention_decode)(const AttentionParams&);
+  void (*linear)(const LinearParams&);
+  void (*norm)(const NormParams&);
+  void (*rope)(const RopeParams&);
+};
+
+const Kernels& kernels();                   // of the chosen instruction set
+std::string isa();                          // its name
+void select_isa(const std::string& name);   // throws std::invalid_argument if this machine lacks it
+std::vector<std::string> available_isas();  // built in and runnable here, best first
+
+[[noreturn]] void bad_switch_value(const char* what, int value);  // the default of every switch
+[[noreturn]] void out_of_memory(int64_t bytes);
+
+}  // namespace pyfuse::cpu

@@ -1,0 +1,25 @@
+// Splitting loops over threads. The number of threads is an argument of every call: there is no
+// static state that a fork or a second calling thread could break.
+#pragma once
+#include <stdint.h>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace pyfuse::cpu::PYFUSE_ISA {
+
+// body(i, thread) for i in [0, n), handed out in order to whichever thread is free; 0 <= thread <
+// threads. Which thread runs an i must not matter to its result.
+template <class Body>
+inline void parallel_for(int64_t n, int threads, const Body& body) {
+#if defined(_OPENMP)
+  if (threads > 1 && n > 1) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) body(i, 0);
+}
+
+}  // namespace pyfuse::cpu::PYFUSE_ISA

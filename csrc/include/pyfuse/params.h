@@ -1,0 +1,88 @@
+// What a kernel is told: one plain struct per operation. Pointers, sizes, strides (in elements);
+// no torch, no Python. Filled and checked by csrc/api, read by csrc/cpu.
+#pragma once
+#include <cstdint>
+
+namespace pyfuse {
+
+enum class DType : int {
+  f32 = 0,
+  bf16 = 1,
+  f16 = 2,
+  f64 = 3
+};  // pyfuse/backends/cpu.py counts alike
+
+// o = softmax(scale·q·kᵀ ...)·v; letters, order of the steps and alignment as in DESIGN: the last
+// query sees the last key. Strides: batch, head, row; the innermost stride is 1.
+struct AttentionParams {
+  const void *q, *k, *v;
+  void* o;
+  void* lse;  // [B, Hq, M] contiguous, float (double for f64), natural log; null: not wanted
+  int64_t q_stride[3], k_stride[3], v_stride[3], o_stride[3];
+  int64_t batch, heads_q, heads_k, queries, keys, d, dv;
+  DType dtype;
+
+  double scale;
+  double softcap;             // 0: none
+  int64_t window_left;        // keys to the left of the aligned diagonal; -1: all
+  int64_t window_right;       // keys to the right of it; 0: causal; -1: all
+  const int64_t* seqlens_k;   // [B] or null
+  const float* sinks;         // [Hq] or null
+  const float* alibi_slopes;  // [Hq] or null
+
+  const void* mask;  // null: none
+  bool mask_is_bool;
+  DType mask_dtype;        // of an additive mask
+  int64_t mask_stride[4];  // batch, head, query, key; 0 where broadcast
+
+  int threads;
+};
+
+// y = norm(x [+ residual]) · weight + bias over the last dimension.
+struct NormParams {
+  const void* x;
+  const void* residual;  // null: none
+  const void* weight;    // null: ones
+  const void* bias;      // null: zeros
+  void* y;
+  void* z;  // x + residual, null: not wanted
+  int64_t rows, d;
+  int64_t x_stride, residual_stride, y_stride, z_stride;
+  DType dtype, weight_dtype;
+  double eps;
+  bool rms;            // RMSNorm: no mean, no bias
+  bool round_first;    // round the normalised row to dtype before the weight (Llama's casting)
+  double weight_plus;  // added to the weight (Gemma: 1)
+  int threads;
+};
+
+// Rotates the first r of d elements of every row of x [B, H, M, D] by the angles of that token.
+struct RopeParams {
+  const void* x;
+  void* y;  // may be x
+  const void *cos, *sin;
+  int64_t batch, heads, rows, d, r;
+  int64_t x_stride[3], y_stride[3];
+  int64_t table_stride[2];   // batch, row of cos and sin (batch 0 where shared)
+  const int64_t* positions;  // null: row m uses row m of the table
+  int64_t position_stride[2];
+  int64_t table_rows;
+  DType dtype, table_dtype;
+  bool interleaved;
+  int threads;
+};
+
+enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, silu = 3, relu = 4 };
+
+// y = act(x·wᵀ + bias) · multiply + residual for few rows: w [N, K] is read once, as it lies.
+struct LinearParams {
+  const void *x, *w, *bias, *multiply, *residual;  // the last three may be null
+  void* y;
+  int64_t rows, n, k;
+  int64_t x_stride, w_stride, y_stride, multiply_stride, residual_stride;
+  DType dtype;
+  Activation activation;
+  int threads;
+};
+
+}  // namespace pyfuse

@@ -1,0 +1,16 @@
+"""The CPU kernels of csrc/cpu, called with pointers, sizes and strides."""
+
+from __future__ import annotations
+
+from pyfuse.backends import cpu_attention, cpu_norm, cpu_rope
+from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
+from pyfuse.dispatch import Impl
+
+__all__ = ["OPS", "available_isas", "isa", "select_isa", "why_unavailable"]
+
+OPS: dict[str, Impl] = {
+    "attention": Impl(cpu_attention.attention, cpu_attention.why_not_attention),
+    "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
+    "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),
+    "rope": Impl(cpu_rope.rope, cpu_rope.why_not_rope),
+}

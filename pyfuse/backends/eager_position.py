@@ -1,0 +1,84 @@
+"""Rotary embedding, sinusoids and the embedding sum in plain torch: the oracle, and the gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pyfuse.backends.eager_norm import accumulate_dtype, dropout
+
+
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str,
+    positions: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """See pyfuse.rope."""
+    if positions is not None:
+        cos, sin = F.embedding(positions, cos), F.embedding(positions, sin)
+    if cos.ndim == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, M, R/2]: the same for every head
+    acc = accumulate_dtype(x.dtype)
+    r = 2 * cos.shape[-1]
+    rotated = rotate(x[..., :r].to(acc), cos.to(acc), sin.to(acc), layout).to(x.dtype)
+    if inplace:
+        x[..., :r] = rotated
+        return x
+    return rotated if r == x.shape[-1] else torch.cat((rotated, x[..., r:]), -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Turn each pair (x1, x2) of the last dimension by its angle; layout says which two pair up."""
+    if layout == "half":
+        half = x.shape[-1] // 2
+        x1, x2 = x[..., :half], x[..., half:]
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+    x1, x2 = x[..., 0::2], x[..., 1::2]
+    return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
+
+
+def sinusoids(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    """See pyfuse.sinusoidal_encoding. Angles in float64: float32 is off by 4e-3 at position 1e5."""
+    columns = torch.arange(dim, device=positions.device)
+    pair = (columns - columns % 2).double()  # 0 0 2 2 4 4 ...
+    angles = positions.double().unsqueeze(-1) * base ** (-pair / max(dim, 1))
+    return torch.where(columns % 2 == 0, angles.sin(), angles.cos()).to(dtype)
+
+
+def embed(
+    token_ids: Tensor,
+    weight: Tensor,
+    *,
+    position_weight: Tensor | str | None = None,
+    positions: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    segment_weight: Tensor | None = None,
+    scale: float = 1.0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> Tensor:
+    """See pyfuse.embed. Everything in float32 or wider, rounded once."""
+    acc = accumulate_dtype(weight.dtype)
+    d = weight.shape[-1]
+    e = F.embedding(token_ids, weight).to(acc) * scale
+    if position_weight is not None:
+        if positions is None:
+            positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
+        if isinstance(position_weight, Tensor):
+            e = e + F.embedding(positions, position_weight).to(acc)
+        else:
+            e = e + sinusoids(positions, d, 10000.0, acc)
+    if segment_ids is not None and segment_weight is not None:
+        e = e + F.embedding(segment_ids, segment_weight).to(acc)
+    if norm_weight is not None:
+        b = None if norm_bias is None else norm_bias.to(acc)
+        e = F.layer_norm(e, (d,), norm_weight.to(acc), b, eps)
+    return dropout(e, dropout_p, dropout_seed).to(weight.dtype)

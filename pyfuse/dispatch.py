@@ -1,0 +1,214 @@
+"""Which backend runs an operation, and why the others do not.
+
+The first backend of ``BACKENDS`` without an objection is taken. A backend that the caller names
+(``backend=``, :func:`use_backend` or the environment variable ``PYFUSE_BACKEND``, in this order)
+never falls back: it runs, or the call raises with its reason.
+
+Gradients: the kernels compute values only. When a call needs more (autograd, a functorch transform
+such as ``vmap`` or ``jvp``, forward-mode AD) it runs the eager formula, which is plain differentiable torch
+and so right for every such use, second derivatives included.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from pyfuse.backends import BACKENDS
+
+
+class Impl(NamedTuple):
+    """One operation of one backend. Both take the operation's tensors and options, without ``backend``."""
+
+    fn: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend asked: ``reason`` is None for the one that runs."""
+
+    backend: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The whole chain of backends asked for one call, in order, up to the one that runs."""
+
+    op: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> str | None:
+        last = self.candidates[-1]
+        return last.backend if last.reason is None else None
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen or 'no backend can run it'}"]
+        lines += [f"  {c.backend}: {c.reason or 'runs'}" for c in self.candidates]
+        return "\n".join(lines)
+
+
+_named: ContextVar[str | None] = ContextVar("pyfuse_backend", default=None)
+_explaining: ContextVar[bool] = ContextVar("pyfuse_explaining", default=False)
+
+
+def _checked_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, needs one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _name_from_environment() -> str | None:
+    name = os.environ.get("PYFUSE_BACKEND")
+    return _checked_name(name, "PYFUSE_BACKEND") if name else None
+
+
+_default_name = _name_from_environment()
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within this context every pyfuse operation runs on the backend ``name``, or raises."""
+    token = _named.set(_checked_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[name])
+
+
+@lru_cache(maxsize=None)
+def _unavailable(name: str) -> str | None:
+    reason: str | None = load(name).why_unavailable()
+    return reason
+
+
+def backend_status() -> dict[str, str | None]:
+    """For each backend, None if it can run on this machine, else the reason why not."""
+    return {name: _unavailable(name) for name in BACKENDS}
+
+
+def formula_reason(tensors: tuple[Any, ...], options: dict[str, Any]) -> str | None:
+    """Why this call has to run the differentiable eager formula; None if a kernel's values will do."""
+    # Not peek_interpreter_stack(): Dynamo folds that to a constant "not None".
+    if torch._C._are_functorch_transforms_active():
+        return "a functorch transform needs the differentiable formula"
+    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+        return "forward-mode AD needs the differentiable formula"
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return "a gradient is wanted, and this backend has no backward yet"
+        for t in options.values():
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                return "a gradient is wanted, and this backend has no backward yet"
+    return None
+
+
+def _objection(name: str, op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> str | None:
+    reason = _unavailable(name)
+    if reason is not None:
+        return reason
+    impl: Impl | None = load(name).OPS.get(op)
+    if impl is None:
+        return f"does not implement {op}"
+    if name != "eager":
+        reason = formula_reason(tensors, options)
+    return reason if reason is not None else impl.why_not(*tensors, **options)
+
+
+def choose(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Impl:
+    """The implementation that runs this call; NotImplementedError with every reason if there is none."""
+    named = backend or _named.get() or _default_name
+    names = BACKENDS if named is None else (_checked_name(named, "backend"),)
+    reasons = []
+    for name in names:
+        reason = _objection(name, op, tensors, options)
+        if reason is None:
+            impl: Impl = load(name).OPS[op]
+            return impl
+        reasons.append(f"\n  {name}: {reason}")
+    raise NotImplementedError(f"no backend can run {op}:{''.join(reasons)}")
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def _plain(tensors: tuple[Any, ...]) -> bool:
+    """No tensor subclass (FakeTensor, DTensor, ...) and no dispatch mode: memory can be handed to a kernel."""
+    for t in tensors:
+        if t is not None and type(t) not in _PLAIN:
+            return False
+    return torch._C._len_torch_dispatch_stack() == 0
+
+
+def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Any:
+    """Run a checked call of ``op``: straight to a backend, or as a torch.library operator in a graph."""
+    if not torch.compiler.is_compiling() and _explaining.get():
+        raise _Explained(_ask_all(op, tensors, options, backend))
+    if torch.compiler.is_compiling() or not _plain(tensors):
+        from pyfuse.ops import _library
+
+        # use_backend() is a context variable, which a graph cannot read: the operator asks it when it runs.
+        named = backend or _default_name
+        if op in _library.SCHEMAS and formula_reason(tensors, options) is None and named != "eager":
+            return _library.call(op, tensors, options, named)
+        from pyfuse.backends import eager
+
+        return eager.OPS[op].fn(*tensors, **options)
+    return choose(op, tensors, options, backend).fn(*tensors, **options)
+
+
+class _Explained(Exception):
+    """Carries the answer of :func:`explain` out of the operation that it called."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+def _ask_all(
+    op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
+) -> Explanation:
+    named = backend or _named.get() or _default_name
+    candidates = []
+    for name in BACKENDS if named is None else (_checked_name(named, "backend"),):
+        reason = _objection(name, op, tensors, options)
+        candidates.append(Candidate(name, reason))
+        if reason is None:
+            break
+    return Explanation(op, tuple(candidates))
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend ``op(*args, **kwargs)`` would run on, and the reason of each one passed over.
+
+    ``op`` is a public operation of pyfuse or its name. The arguments are checked as in the call
+    itself (and raise alike); nothing is computed.
+    """
+    from pyfuse import ops
+
+    fn = getattr(ops, op) if isinstance(op, str) else op
+    token = _explaining.set(True)
+    try:
+        fn(*args, **kwargs)
+    except _Explained as answer:
+        return answer.explanation
+    finally:
+        _explaining.reset(token)
+    raise TypeError(f"op: {fn!r} is not an operation of pyfuse")

@@ -1,0 +1,42 @@
+"""Recognise a method by its code: the fused methods of :mod:`pyfuse.hf.fused` replace exactly the bodies they were
+written for, in whatever class these stand (Mistral's and Qwen's MLP are Llama's), and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+
+@lru_cache(maxsize=None)
+def fingerprint(function: Callable[..., Any]) -> str | None:
+    """A hash of the parameters' names and of the body without comments and docstring; None without source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):  # no source file: a frozen or interactive class
+        return None
+    definition = ast.parse(source).body[0]
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    body = definition.body
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]
+    names = [a.arg for a in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs)]
+    code = _without_comments(source).splitlines()[body[0].lineno - 1 :] if body else []
+    text = "\n".join([",".join(names), *(line.rstrip() for line in code if line.strip())])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_comments(source: str) -> str:
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(lines)

@@ -1,0 +1,36 @@
+"""When a patched method may leave the model's own code: when plain values are all that is wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def values_only(x: Tensor, weight: Tensor | None = None) -> bool:
+    """Neither a gradient, a graph, a transform, autocast nor a tensor subclass is in play.
+
+    Where one is, the model's own code runs: it is differentiable, traceable, and under torch.compile the compiler
+    fuses it better than a call into a library could.
+    """
+    if _is_compiling() or type(x) not in _PLAIN or _is_any_autocast_enabled():
+        return False
+    if _is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return False
+    return (
+        _len_torch_dispatch_stack() == 0
+        and not _are_functorch_transforms_active()
+        and forward_ad._current_level < 0  # type: ignore[attr-defined]
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs more than its forward, so that a fused method must not go around the call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)

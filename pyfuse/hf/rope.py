@@ -1,0 +1,126 @@
+"""Rotary embedding in models whose attention calls ``apply_rotary_pos_emb``.
+
+The attention forward of each instance is rebound to a copy of itself whose global ``apply_rotary_pos_emb`` is pyfuse's,
+so that no other model and no module of transformers is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyfuse.hf.guards import values_only
+from pyfuse.hf.state import bind
+from pyfuse.ops.rope import rope
+
+NAME = "apply_rotary_pos_emb"
+Rotate = Callable[..., tuple[Tensor, Tensor]]
+
+
+def uses_rope(module: nn.Module) -> bool:
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and NAME in code.co_names
+
+
+def patch_rope(module: nn.Module) -> str | None:
+    """Rebind this attention's forward; the reason if it stays as it is."""
+    if "forward" in module.__dict__:
+        return "its forward is replaced already"
+    rebound = rebound_forward(type(module))
+    if rebound is None:
+        return "its apply_rotary_pos_emb is not the half-split rotation of q and k"
+    bind(module, "forward", rebound)
+    return None
+
+
+@lru_cache(maxsize=None)
+def rebound_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
+    """``cls.forward`` with its own globals but for the rotation; None if the rotation is another one."""
+    forward = cls.forward
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return None
+    original = forward.__globals__.get(NAME)
+    if original is None or not _rotates_halves(original):
+        return None
+    copied = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, NAME: fused_rotation(original)},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    copied.__annotations__ = forward.__annotations__
+    copied.__doc__ = forward.__doc__
+    return copied
+
+
+def _rotates_halves(function: Rotate) -> bool:
+    """Whether function(q, k, cos, sin) is pyfuse.rope(layout="half") of both, as far as a random example tells."""
+    draw = torch.Generator().manual_seed(0)
+    q, k = torch.randn((2, 3, 5, 8), generator=draw), torch.randn((2, 1, 5, 8), generator=draw)
+    angle = torch.randn((2, 5, 4), generator=draw)
+    cos, sin = (torch.cat((t, t), -1) for t in (angle.cos(), angle.sin()))
+    try:
+        theirs = function(q, k, cos, sin)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False  # it takes other arguments, so it means something else
+    if not (isinstance(theirs, tuple) and len(theirs) == 2):
+        return False
+    ours = tuple(rope(x, cos[..., :4], sin[..., :4], layout="half") for x in (q, k))
+    return all(
+        a.shape == b.shape and bool((a - b).abs().max() < 1e-5) for a, b in zip(theirs, ours, strict=True)
+    )
+
+
+class _Tables:
+    """The halves of the last (cos, sin) seen: one forward pass hands the same two tensors to every layer."""
+
+    last: tuple[Any, Any, Tensor, Tensor] | None = None
+
+
+def halves(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor] | None:
+    """cos, sin [B or 1, M, R] as the tables [B, M, R/2] or [M, R/2] of pyfuse.rope; None if their halves differ."""
+    last = _Tables.last
+    if last is not None and last[0] is cos and last[1] is sin:
+        return last[2], last[3]
+    if cos.ndim != 3 or cos.shape[0] not in (1, batch):
+        return None
+    half = cos.shape[-1] // 2
+    c, s = cos[..., :half], sin[..., :half]
+    if not (torch.equal(c, cos[..., half:]) and torch.equal(s, sin[..., half:])):
+        return None
+    if cos.shape[0] == 1:
+        c, s = c[0], s[0]
+    _Tables.last = (cos, sin, c, s)
+    return c, s
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> tuple[Tensor, Tensor] | None:
+    """q [B, Hq, M, D] and k [B, Hk, M, D] turned; None where pyfuse.rope cannot stand in for the model's formula."""
+    if q.ndim != 4 or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype:
+        return None
+    tables = halves(cos, sin, q.shape[0])
+    if tables is None:
+        return None
+    c, s = tables
+    return rope(q, c, s, layout="half", inplace=inplace), rope(k, c, s, layout="half", inplace=inplace)
+
+
+@lru_cache(maxsize=None)
+def fused_rotation(original: Rotate) -> Rotate:
+    """``original`` for values only, on pyfuse.rope."""
+
+    def apply_rotary_pos_emb(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if args or kwargs or not values_only(q) or not values_only(k):
+            return original(q, k, cos, sin, *args, **kwargs)
+        return rotate(q, k, cos, sin, inplace=False) or original(q, k, cos, sin)
+
+    return apply_rotary_pos_emb

@@ -1,0 +1,31 @@
+"""Small records that patched methods read from their module's state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class NormSlot(NamedTuple):
+    """How a norm module normalises: ``casting`` is None for LayerNorm, else that of pyfuse.rms_norm."""
+
+    eps_name: str
+    casting: str | None
+
+
+class LinearSlot:
+    """The packed weight of one linear layer, and the weight that it was packed from.
+
+    A deepcopy starts without: it packs its own weight when it is first called.
+    """
+
+    __slots__ = ("packed", "transposed", "weight")
+
+    def __init__(self, transposed: bool) -> None:
+        self.transposed = transposed
+        self.weight: Tensor | None = None
+        self.packed: Any = None  # pyfuse.linear.PackedLinear, or None: no plan wins for this weight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearSlot:
+        return LinearSlot(self.transposed)

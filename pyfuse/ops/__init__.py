@@ -1,0 +1,22 @@
+"""The operations. Each file is one operation's specification: maths, shapes, dtypes, errors; then a call."""
+
+from pyfuse.ops.attention import attention, decode_attention, varlen_attention
+from pyfuse.ops.embed import embed
+from pyfuse.ops.norm import layer_norm, rms_norm
+from pyfuse.ops.position import alibi_slopes, rope_frequencies, sinusoidal_encoding
+from pyfuse.ops.rope import rope
+from pyfuse.ops.sdpa import scaled_dot_product_attention
+
+__all__ = [
+    "alibi_slopes",
+    "attention",
+    "decode_attention",
+    "embed",
+    "layer_norm",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "scaled_dot_product_attention",
+    "sinusoidal_encoding",
+    "varlen_attention",
+]

@@ -1,0 +1,106 @@
+"""What all tests share: NaN in all memory that torch hands out, every backend and ISA, a count of skips."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from pyfuse import dispatch
+from pyfuse.backends import BACKENDS
+
+
+class Target(NamedTuple):
+    """A backend to test; isa is for the CPU kernels only."""
+
+    backend: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
+
+
+def _targets() -> list[Target]:
+    """Every backend that can run here but eager, the CPU kernels once for each ISA."""
+    targets = []
+    for name, reason in dispatch.backend_status().items():
+        if reason is not None or name == "eager":
+            continue
+        if name == "cpu":
+            from pyfuse.backends import cpu
+
+            targets += [Target(name, isa) for isa in cpu.available_isas()]
+        else:
+            targets.append(Target(name))
+    return targets
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        targets = _targets()
+        none = pytest.param(None, marks=pytest.mark.skip("no backend but eager can run here"))
+        metafunc.parametrize("target", targets or [none], ids=str, indirect=True)
+    if "backend" in metafunc.fixturenames and "target" not in metafunc.fixturenames:
+        names = [name for name, reason in dispatch.backend_status().items() if reason is None]
+        metafunc.parametrize("backend", names)
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Each backend but eager (and each ISA), selected for the time of the test."""
+    chosen: Target = request.param
+    if chosen.isa is None:
+        yield chosen
+        return
+    from pyfuse.backends import cpu
+
+    before = cpu.isa()
+    cpu.select_isa(chosen.isa)
+    try:
+        yield chosen
+    finally:
+        cpu.select_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty and its like hand out NaN (integers: their maximum), so that what is not written shows."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    lines = [f"pyfuse targets: {', '.join(map(str, _targets())) or 'none'} (besides eager)"]
+    for name in BACKENDS:
+        reason = dispatch.backend_status()[name]
+        if reason is not None:
+            lines.append(f"pyfuse backend {name} is not tested: {reason}")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Skips by reason: one that grows unseen would be a test that no longer runs."""
+    reasons = Counter(
+        report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in terminalreporter.getreports("skipped")
+    )
+    if reasons:
+        terminalreporter.section(f"{sum(reasons.values())} skipped, by reason")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:6d}  {reason.removeprefix('Skipped: ')}")

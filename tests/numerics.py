@@ -1,0 +1,78 @@
+"""The accuracy rule: a kernel is held to the error that plain torch makes in the same dtype.
+
+Truth is the eager formula in float64, on the same (already rounded) inputs. With |·| over all elements:
+
+    largest error  <=  2 (gradients: 3) x eager's largest error  +  2 ulp of the largest value
+    mean error     <=  1.5 x eager's mean error  +  the mean error of rounding the truth to the dtype
+
+The last term is what remains where eager happens to be exact. The mean sees a bias that the maximum hides.
+For float64 eager is the truth itself, so its own rounding is allowed for: 64 ulp of the largest value.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["output", "gradient"]
+
+_MAX_FACTOR: dict[Kind, float] = {"output": 2.0, "gradient": 3.0}
+_MEAN_FACTOR = 1.5
+_ULPS = 2.0
+_FLOAT64_ULPS = 64.0
+
+
+def check(
+    actual: Tensor, exact: Tensor, eager: Tensor, name: str, kind: Kind = "output"
+) -> None:
+    """Assert the rule for `actual`; `eager` was computed in its dtype, `exact` in float64."""
+    assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, {tuple(exact.shape)}"
+    assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, needs {eager.dtype}"
+    assert exact.dtype == torch.float64, f"{name}: the truth is in {exact.dtype}, needs float64"
+    actual, exact, eager = _finite_alike(actual.detach(), exact.detach(), eager.detach(), name)
+    if exact.numel() == 0:
+        return
+    ulp = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    error, own = (actual.double() - exact).abs(), (eager.double() - exact).abs()
+    rounding = (exact.to(actual.dtype).double() - exact).abs()
+    slack = (_FLOAT64_ULPS if actual.dtype == torch.float64 else _ULPS) * ulp
+    largest = _MAX_FACTOR[kind] * own.max().item() + slack
+    mean = _MEAN_FACTOR * own.mean().item() + rounding.mean().item()
+    if actual.dtype == torch.float64:
+        mean += slack
+    where = int(error.argmax())
+    assert error.max().item() <= largest, (
+        f"{name}: largest error {error.max().item():.2e}, budget {largest:.2e} (eager: "
+        f"{own.max().item():.2e}), at element {where} of the finite ones: "
+        f"{actual[where].item():.6g}, needs {exact[where].item():.6g}"
+    )
+    assert error.mean().item() <= mean, (
+        f"{name}: mean error {error.mean().item():.2e}, budget {mean:.2e} "
+        f"(eager: {own.mean().item():.2e})"
+    )
+
+
+def _finite_alike(
+    actual: Tensor, exact: Tensor, eager: Tensor, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The elements where the truth is finite; elsewhere (lse of an empty row) they must be equal."""
+    finite = exact.isfinite()
+    wrong = ~finite & ~torch.isclose(actual.double(), exact, equal_nan=True)
+    lost = finite & ~actual.isfinite()
+    assert not wrong.any(), f"{name}: {int(wrong.sum())} elements differ from a truth of inf or NaN"
+    assert not lost.any(), (
+        f"{name}: {int(lost.sum())} of {actual.numel()} elements are NaN or inf, the first at "
+        f"{lost.nonzero()[0].tolist()}"
+    )
+    return actual[finite], exact[finite], eager[finite]
+
+
+def assert_bitwise_equal(actual: Tensor, expected: Tensor, name: str) -> None:
+    """Equal in every bit of every element, NaN and the sign of zero included."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+    size = actual.element_size()
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    a, b = actual.contiguous().view(bits), expected.contiguous().view(bits)
+    assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} elements differ"
