@@ -1,15 +1,15 @@
 """Attention cases: a covering design of fixed seed over what can be combined.
 
 ``CORE`` combines sizes, heads, dtypes, memory layouts and masks, without the options that only some
-backends take; ``OPTIONS`` adds softcap, sinks, ALiBi, dropout and scale. In each, every pair of values
-of any two factors occurs in at least one case (as far as the pair makes sense).
+backends take; ``OPTIONS`` adds softcap, sinks, ALiBi, dropout and scale. In each, every pair of
+values of any two factors occurs in at least one case.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import combinations, product
 from typing import Any
 from zlib import crc32
@@ -71,7 +71,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """Tensors and options of a call; `tensors` and the tensors of `options` share one dtype, or float32."""
+    """The tensors q, k, v of a call and its options."""
 
     tensors: tuple[Tensor, Tensor, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
@@ -149,7 +149,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 def make_mask(
     kind: str, shape: tuple[int, int, int, int], dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """The masks of the design, by name; bool ones hide a third, and all of them some whole rows' keys."""
+    """The masks of the design, by name; those that hide hide a third."""
     batch, heads, m, n = shape
 
     def keep(*sizes: int) -> Tensor:
@@ -176,7 +176,17 @@ def make_mask(
 
 _SIZES = ((1, 1), (1, 197), (3, 63), (63, 3), (65, 111), (111, 65), (64, 64), (197, 197), (17, 130))
 _HEADS = ((4, 4), (4, 2), (6, 1), (1, 1), (3, 3))
-_HEAD_SIZES = ((64, 64), (16, 16), (32, 32), (128, 128), (80, 80), (1, 1), (40, 40), (64, 33), (65, 96))
+_HEAD_SIZES = (
+    (64, 64),
+    (16, 16),
+    (32, 32),
+    (128, 128),
+    (80, 80),
+    (1, 1),
+    (40, 40),
+    (64, 33),
+    (65, 96),
+)
 _LAYOUTS = ("BMHD", "BHMD", "MBHD", "slice")
 _WINDOWS = (None, 1, 16, (7, 9), (-1, 4), (5, -1), (300, 300))
 _MASKS = ("none", "bool", "rows", "padding", "float", "bias", "inf", "float32")
@@ -184,7 +194,7 @@ _SEQLENS = ("none", "any", "zero")
 
 
 def _covering(seed: int, factors: dict[str, Sequence[Any]]) -> list[Case]:
-    """Greedy pairwise cover: rows that hit the most pairs not seen yet, of 60 random ones each time."""
+    """Greedy pairwise cover: of 60 random rows each time the one with the most new pairs."""
     rng = random.Random(seed)
     names = list(factors)
     missing = {
@@ -245,17 +255,14 @@ OPTIONS = _covering(
 )
 # One case per option alone: what a backend says to it does not depend on the others.
 SINGLE = [
-    replace(Case(), **{name: value})
-    for name, value in (
-        ("softcap", 2.0),
-        ("sinks", True),
-        ("alibi", True),
-        ("dropout", 0.25),
-        ("scale", 0.3),
-        ("window", 16),
-        ("causal", True),
-        ("mask", "bias"),
-        ("seqlens", "zero"),
-    )
+    Case(softcap=2.0),
+    Case(sinks=True),
+    Case(alibi=True),
+    Case(dropout=0.25),
+    Case(scale=0.3),
+    Case(window=16),
+    Case(causal=True),
+    Case(mask="bias"),
+    Case(seqlens="zero"),
 ]
 ALL = list({str(case): case for case in CORE + OPTIONS + SINGLE}.values())

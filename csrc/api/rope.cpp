@@ -22,9 +22,8 @@ void check_positions(const RopeParams& p) {
     for (int64_t m = 0; m < p.rows; ++m) {
       const int64_t at = p.positions[b * p.position_stride[0] + m * p.position_stride[1]];
       if (at < 0 || at >= p.table_rows)
-        throw std::out_of_range("positions: " + std::to_string(at) +
-                                " is outside the table of " + std::to_string(p.table_rows) +
-                                " rows");
+        throw std::out_of_range("positions: " + std::to_string(at) + " is outside the table of " +
+                                std::to_string(p.table_rows) + " rows");
     }
 }
 

@@ -1,5 +1,5 @@
-// LayerNorm and RMSNorm: z = x + residual, the statistics of z, y; a few rows at a time. Rows of z
-// stay in the first cache level between the passes, so memory is read once and written once.
+// LayerNorm and RMSNorm: z = x + residual, the statistics of z, y; a row or two at a time. A row of
+// z stays in the first cache level between the passes: memory is read once and written once.
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/vec.h"
@@ -10,10 +10,11 @@ namespace {
 // Rows are handed to threads in blocks of about this many elements; less than two such blocks are
 // not worth the start of a parallel region.
 constexpr int64_t block_elements = 16384;
-// Rows that go through the passes together: one row's reductions, division and square root wait
-// on each other for longer than its additions take, and weights are read once for all.
-constexpr int together = 2;
 constexpr int accumulators = 4;  // independent sums of a row, to hide the latency of an addition
+// Rows that go through the passes together. Half types spend their time on conversions, and two
+// rows share those of the weights; wide ones wait for memory, which comes fastest row after row.
+template <class T>
+constexpr int together = sizeof(T) == 2 ? 2 : 1;
 
 template <class T>
 PYFUSE_INLINE vec_t<T> round_to(vec_t<T> v) {
@@ -40,15 +41,14 @@ PYFUSE_INLINE void sum_rows(const T* const (&z)[R], int64_t d, const Term& term,
   vec_t<T> sums[R][accumulators] = {};
   int64_t i = 0;
   for (; i + accumulators * w <= d; i += accumulators * w)
-    PYFUSE_UNROLL for (int a = 0; a < accumulators; ++a)
-      PYFUSE_UNROLL for (int r = 0; r < R; ++r)
+    PYFUSE_UNROLL for (int a = 0; a < accumulators; ++a) PYFUSE_UNROLL for (int r = 0; r < R; ++r)
         sums[r][a] += term(load(z[r] + i + a * w), r, w);
   for (; i + w <= d; i += w)
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) sums[r][0] += term(load(z[r] + i), r, w);
   if (i < d)
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) sums[r][1] += term(load(z[r] + i, d - i), r, d - i);
-  PYFUSE_UNROLL for (int r = 0; r < R; ++r)
-    sum[r] = reduce_add((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
+  PYFUSE_UNROLL for (int r = 0; r < R; ++r) sum[r] =
+      reduce_add((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
 }
 
 PYFUSE_INLINE float reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(x); }
@@ -75,8 +75,8 @@ PYFUSE_INLINE void statistics(const T* const (&z)[R], int64_t d, double eps,
     };
     sum_rows(z, d, squared_deviation, square);
   }
-  PYFUSE_UNROLL for (int r = 0; r < R; ++r)
-    rstd[r] = reciprocal_root(square[r] / count + static_cast<C>(eps));
+  PYFUSE_UNROLL for (int r = 0; r < R; ++r) rstd[r] =
+      reciprocal_root(square[r] / count + static_cast<C>(eps));
 }
 
 template <class T, class W>
@@ -138,11 +138,12 @@ template <bool rms, class T, class W>
 void norm_rows(const NormParams& p) {
   const Affine<T, W> affine = {static_cast<const W*>(p.weight), static_cast<const W*>(p.bias),
                                static_cast<compute_t<T>>(p.weight_plus), p.round_first};
-  const int64_t block = together * (block_elements / (together * p.d) + 1);
+  constexpr int pair = together<T>;
+  const int64_t block = pair * (block_elements / (pair * p.d) + 1);
   parallel_for((p.rows + block - 1) / block, p.threads, [&](int64_t task, int) {
     const int64_t end = (task + 1) * block < p.rows ? (task + 1) * block : p.rows;
     int64_t row = task * block;
-    for (; row + together <= end; row += together) norm_together<rms, together>(p, row, affine);
+    for (; row + pair <= end; row += pair) norm_together<rms, pair>(p, row, affine);
     for (; row < end; ++row) norm_together<rms, 1>(p, row, affine);
   });
 }
@@ -158,11 +159,16 @@ void norm_kind(const NormParams& p) {
 void norm(const NormParams& p) {
   const bool own_weight = p.weight_dtype == p.dtype;
   switch (p.dtype) {
-    case DType::f32: return norm_kind<float, float>(p);
-    case DType::f64: return norm_kind<double, double>(p);
-    case DType::bf16: return own_weight ? norm_kind<bf16, bf16>(p) : norm_kind<bf16, float>(p);
-    case DType::f16: return own_weight ? norm_kind<f16, f16>(p) : norm_kind<f16, float>(p);
-    default: bad_switch_value("dtype", static_cast<int>(p.dtype));
+    case DType::f32:
+      return norm_kind<float, float>(p);
+    case DType::f64:
+      return norm_kind<double, double>(p);
+    case DType::bf16:
+      return own_weight ? norm_kind<bf16, bf16>(p) : norm_kind<bf16, float>(p);
+    case DType::f16:
+      return own_weight ? norm_kind<f16, f16>(p) : norm_kind<f16, float>(p);
+    default:
+      bad_switch_value("dtype", static_cast<int>(p.dtype));
   }
 }
 

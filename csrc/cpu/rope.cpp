@@ -7,7 +7,8 @@ namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
 constexpr int64_t block_elements = 16384;  // of x to a task; less than two tasks: one thread
-constexpr int64_t chunk_pairs = 128;       // pairs whose angles are held at a time
+constexpr int64_t tile = 16;               // tokens whose angles are held at a time,
+constexpr int64_t chunk_pairs = 128;       // for this many pairs
 
 // The angles of one token as the rotation wants them. half: one cos and sin for each pair;
 // interleaved: each twice, the first of the two sines negated.
@@ -108,44 +109,64 @@ PYFUSE_INLINE void rotate_neighbours(const T* x, T* y, int64_t pairs,
   }
 }
 
-template <class T, class S, bool interleaved>
-void rotate_token(const RopeParams& p, int64_t b, int64_t m) {
-  const T* x = static_cast<const T*>(p.x) + b * p.x_stride[0] + m * p.x_stride[2];
-  T* y = static_cast<T*>(p.y) + b * p.y_stride[0] + m * p.y_stride[2];
-  int64_t table_row = b * p.table_stride[0] + m * p.table_stride[1];
+// Where a token's heads and its angles lie.
+template <class T, class S>
+struct Token {
+  const T* x;
+  T* y;
+  const S *cos, *sin;
+};
+
+template <class T, class S>
+PYFUSE_INLINE Token<T, S> find_token(const RopeParams& p, int64_t index) {
+  const int64_t b = index / p.rows, m = index % p.rows;
+  int64_t row = b * p.table_stride[0] + m * p.table_stride[1];
   if (p.positions != nullptr)
-    table_row = p.table_stride[1] *
-                p.positions[b * p.position_stride[0] + m * p.position_stride[1]];
+    row = p.table_stride[1] * p.positions[b * p.position_stride[0] + m * p.position_stride[1]];
+  return {static_cast<const T*>(p.x) + b * p.x_stride[0] + m * p.x_stride[2],
+          static_cast<T*>(p.y) + b * p.y_stride[0] + m * p.y_stride[2],
+          static_cast<const S*>(p.cos) + row, static_cast<const S*>(p.sin) + row};
+}
+
+template <class T, class S, bool interleaved>
+void rotate_tile(const RopeParams& p, int64_t first_token, int64_t count) {
   const int64_t half = p.r / 2;
-  Angles<compute_t<T>> angles;
+  Token<T, S> tokens[tile];
+  Angles<compute_t<T>> angles[tile];
+  for (int64_t t = 0; t < count; ++t) tokens[t] = find_token<T, S>(p, first_token + t);
   for (int64_t first = 0; first < half; first += chunk_pairs) {
     const int64_t pairs = half - first < chunk_pairs ? half - first : chunk_pairs;
-    const int64_t at = table_row + first;
-    use_or_read_angles<interleaved>(static_cast<const S*>(p.cos) + at,
-                                    static_cast<const S*>(p.sin) + at, pairs, angles);
-    for (int64_t h = 0; h < p.heads; ++h) {
-      const T* from = x + h * p.x_stride[1];
-      T* to = y + h * p.y_stride[1];
-      if constexpr (interleaved)
-        rotate_neighbours(from + 2 * first, to + 2 * first, pairs, angles);
-      else
-        rotate_halves(from + first, to + first, half, pairs, angles);
-    }
-  }
-  if (p.r < p.d && p.x != p.y)
+    for (int64_t t = 0; t < count; ++t)
+      use_or_read_angles<interleaved>(tokens[t].cos + first, tokens[t].sin + first, pairs,
+                                      angles[t]);
     for (int64_t h = 0; h < p.heads; ++h)
-      memcpy(y + h * p.y_stride[1] + p.r, x + h * p.x_stride[1] + p.r,
+      for (int64_t t = 0; t < count; ++t) {
+        const T* from = tokens[t].x + h * p.x_stride[1];
+        T* to = tokens[t].y + h * p.y_stride[1];
+        if constexpr (interleaved)
+          rotate_neighbours(from + 2 * first, to + 2 * first, pairs, angles[t]);
+        else
+          rotate_halves(from + first, to + first, half, pairs, angles[t]);
+      }
+  }
+  if (p.r == p.d || p.x == p.y) return;
+  for (int64_t h = 0; h < p.heads; ++h)
+    for (int64_t t = 0; t < count; ++t)
+      memcpy(tokens[t].y + h * p.y_stride[1] + p.r, tokens[t].x + h * p.x_stride[1] + p.r,
              static_cast<size_t>(p.d - p.r) * sizeof(T));
 }
 
 template <class T, class S, bool interleaved>
 void rope_tokens(const RopeParams& p) {
   const int64_t tokens = p.batch * p.rows;
-  const int64_t block = block_elements / (p.heads * p.d) + 1;
+  // Where a head's tokens lie together, go through a tile of them head by head: stepping from head
+  // to head at every token would meet the caches' sets and the prefetchers at their worst.
+  const int64_t step = p.x_stride[1] > p.x_stride[2] ? tile : 1;
+  const int64_t block = tile * (block_elements / (tile * p.heads * p.d) + 1);
   parallel_for((tokens + block - 1) / block, p.threads, [&](int64_t task, int) {
     const int64_t end = (task + 1) * block < tokens ? (task + 1) * block : tokens;
-    for (int64_t t = task * block; t < end; ++t)
-      rotate_token<T, S, interleaved>(p, t / p.rows, t % p.rows);
+    for (int64_t t = task * block; t < end; t += step)
+      rotate_tile<T, S, interleaved>(p, t, end - t < step ? end - t : step);
   });
 }
 
@@ -161,11 +182,16 @@ void rope_layout(const RopeParams& p) {
 void rope(const RopeParams& p) {
   const bool own = p.table_dtype == p.dtype;
   switch (p.dtype) {
-    case DType::f32: return rope_layout<float, float>(p);
-    case DType::f64: return own ? rope_layout<double, double>(p) : rope_layout<double, float>(p);
-    case DType::bf16: return own ? rope_layout<bf16, bf16>(p) : rope_layout<bf16, float>(p);
-    case DType::f16: return own ? rope_layout<f16, f16>(p) : rope_layout<f16, float>(p);
-    default: bad_switch_value("dtype", static_cast<int>(p.dtype));
+    case DType::f32:
+      return rope_layout<float, float>(p);
+    case DType::f64:
+      return own ? rope_layout<double, double>(p) : rope_layout<double, float>(p);
+    case DType::bf16:
+      return own ? rope_layout<bf16, bf16>(p) : rope_layout<bf16, float>(p);
+    case DType::f16:
+      return own ? rope_layout<f16, f16>(p) : rope_layout<f16, float>(p);
+    default:
+      bad_switch_value("dtype", static_cast<int>(p.dtype));
   }
 }
 

@@ -59,9 +59,9 @@ PYFUSE_INLINE vfloat exp(vfloat x) {
   const vfloat low = x * 1.925963033500e-08f;
 #endif
   const vfloat y = exp2(high);
-  // An infinite x would make inf - inf of the correction; y is already right there.
+  // An infinite x makes the correction infinite or NaN; y is already right there.
   const vfloat corrected = y + y * (low * static_cast<float>(ln_2));
-  return (low == low && y < INFINITY) ? corrected : y;
+  return (low - low == 0.f && y < INFINITY) ? corrected : y;
 }
 PYFUSE_INLINE vdouble exp(vdouble x) {
   PYFUSE_UNROLL for (int i = 0; i < Vec<double>::width; ++i) x[i] = ::exp(x[i]);

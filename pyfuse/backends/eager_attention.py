@@ -1,7 +1,7 @@
 """Attention in plain torch: the oracle of every other backend, and their gradient.
 
-The matmuls run in the inputs' dtype, the softmax in float32 (float64 for float64), as an eager model
-does it. There is no branch on data, so that autograd (any order), functorch, forward-mode AD,
+The matmuls run in the inputs' dtype, the softmax in float32 (float64 for float64), as an eager
+model does it. There is no branch on data, so that autograd (any order), functorch, forward-mode AD,
 torch.compile and export all go through. Memory is O(M·N).
 """
 
@@ -37,7 +37,7 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Output:
-    """See pyfuse.attention; window is (left, right) with -1 for unbounded, dropout_seed as in philox."""
+    """See pyfuse.attention. window: (left, right), -1 for no limit; dropout_seed as in philox."""
     positions = masks.aligned_positions(q.shape[2], k.shape[2], q.device)
     conditions = masks.in_band(positions, causal, window)
     if seqlens_k is not None:
@@ -83,7 +83,7 @@ def varlen_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Output:
-    """See pyfuse.varlen_attention. All rows meet all keys, and the sequences are a mask: O(T·Tk)."""
+    """See pyfuse.varlen_attention. The sequences are a mask of all rows by all keys: O(T·Tk)."""
     q_rows = masks.segments(cu_seqlens_q, q.shape[0])
     k_rows = masks.segments(cu_seqlens_k, k.shape[0])
     positions = masks.packed_positions(q_rows, k_rows, cu_seqlens_q, cu_seqlens_k)
@@ -234,7 +234,7 @@ def _attend(
 
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
-    """x [B, Hq, M, J] @ y [B, Hk, J, L]: the queries of a group share one matmul with their head."""
+    """x [B, Hq, M, J] @ y [B, Hk, J, L]: the queries of a group share one matmul."""
     batch, heads, rows, inner = x.shape
     groups = y.shape[1]
     if heads == groups:
@@ -244,7 +244,7 @@ def _times(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _softmax(s: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax and logsumexp over the keys; a row of -inf gives 0 and -inf (or its sink), not NaN."""
+    """Softmax and logsumexp over the keys; a row of -inf gives 0 and -inf (or its sink)."""
     top = s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
     if sinks is not None:
         sink = sinks.to(s.dtype)[:, None]
@@ -273,8 +273,8 @@ def _without_hidden(
     """k and v whose hidden elements do no harm in a matmul, forward or backward.
 
     A hidden pair has weight 0, but 0 · NaN is NaN. Where a key is hidden from all queries or from
-    none, a zero in its place will do. Otherwise the matmuls get finite keys and values only, and the
-    queries that do see a non-finite one are marked with NaN.
+    none, a zero in its place will do. Otherwise the matmuls get finite keys and values only, and
+    the queries that do see a non-finite one are marked with NaN.
     """
     if visible.shape[1] == 1 and visible.shape[2] == 1:
         seen = visible.transpose(-1, -2)

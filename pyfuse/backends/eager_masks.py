@@ -1,7 +1,7 @@
 """Which key a query sees, and the positional bias: the masks of attention in plain torch.
 
-Positions are int64 and count keys: query i and key j of one sequence stand on the same axis, so that
-causal, window and ALiBi compare them directly. `query` has shape [..., M, 1], `key` [..., 1, N].
+Positions are int64 and count keys: query i and key j of one sequence stand on the same axis, so
+that causal, window and ALiBi compare them directly.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from torch import Tensor
 class Positions(NamedTuple):
     """Where queries and keys stand on the axis of the keys."""
 
-    query: Tensor
-    key: Tensor
+    query: Tensor  # [..., M, 1]
+    key: Tensor  # [N]
 
     def distance(self) -> Tensor:
         """|query - key|, broadcastable to [B, Hq, M, N]."""
         return (self.query - self.key).abs()
 
 
-def aligned_positions(m: int, n: int, device: torch.device, ends: Tensor | None = None) -> Positions:
+def aligned_positions(
+    m: int, n: int, device: torch.device, ends: Tensor | None = None
+) -> Positions:
     """Align M queries with N keys so that the last query stands on the last key.
 
     ends [B]: the last key of sequence b is ends[b] - 1 rather than N - 1.
@@ -79,7 +81,7 @@ class Segments(NamedTuple):
 
 
 def segments(cu_seqlens: Tensor, rows: int) -> Segments:
-    """Read cu_seqlens [B + 1] (first row of each sequence, then the end) for each of `rows` rows."""
+    """Read cu_seqlens [B + 1], the first row of each sequence and the end, for each row."""
     bounds = cu_seqlens.to(torch.int64)
     row = torch.arange(rows, device=bounds.device)
     # Counting the ends up to here, not a search: it traces everywhere and skips empty sequences.

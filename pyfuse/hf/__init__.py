@@ -25,7 +25,7 @@ if not OLDEST <= _version < NEXT_MAJOR:
         name="transformers",
     )
 
-#from pyfuse.hf.accelerate import accelerate, undo  # noqa: E402
-#from pyfuse.hf.receipt import AccuracyError, Receipt  # noqa: E402
+from pyfuse.hf.accelerate import accelerate, undo  # noqa: E402
+from pyfuse.hf.receipt import AccuracyError, Receipt  # noqa: E402
 
 __all__ = ["AccuracyError", "Receipt", "accelerate", "undo"]

@@ -21,6 +21,7 @@ IGNORED = frozenset(
     "max_length_k max_length_q num_items_in_batch output_attentions output_hidden_states output_router_logits "
     "past_key_values position_embeddings position_ids return_dict sliding_window token_type_ids use_cache".split()
 )
+NAMES = ("pyfuse", "pyfuse-eager")  # the second: stock for this model is its own eager attention
 Result = tuple[Tensor, Tensor | None]
 
 
@@ -154,17 +155,22 @@ def stock(
         return sdpa_attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **options
         )
+    options = {name: option for name, option in options.items() if option is not None}
+    mask = _additive(module, query, key, attention_mask, options.pop("is_causal", None))
+    out, weights = eager_forward(module)(
+        module, query, key, value, mask, dropout=dropout, scaling=scaling, **options
+    )
+    return out.contiguous(), weights
+
+
+def eager_forward(module: nn.Module) -> Any:
+    """The eager attention function that every model file with the interface has under this name."""
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None:
         raise NotImplementedError(
             f"output_attentions: {type(module).__name__} has no eager attention to take the weights from"
         )
-    options = {name: option for name, option in options.items() if option is not None}
-    mask = _additive(module, query, key, attention_mask, options.pop("is_causal", None))
-    out, weights = function(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, **options
-    )
-    return out.contiguous(), weights
+    return function
 
 
 def _additive(
@@ -190,5 +196,5 @@ def _additive(
     return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
 
 
-AttentionInterface.register("pyfuse", pyfuse_attention)
-AttentionInterface.register("pyfuse-eager", pyfuse_attention)
+for _name in NAMES:
+    AttentionInterface.register(_name, pyfuse_attention)

@@ -12,44 +12,36 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 SLACK = 64  # tokens: the least room to grow
 
 
-def _may_write(buffer: Tensor) -> bool:
-    return not buffer.is_inference() or torch.is_inference_mode_enabled()
+class Room:
+    """Buffers [B, H, capacity, D] for keys and values; ``keys`` and ``values`` of the layer are views into them.
 
-
-class _Buffers:
-    """Room for keys and values beyond what is used; ``keys`` and ``values`` of the layer are views into it.
-
-    A view that is not ours (somebody assigned layer.keys: offloading, beam selection) means that the buffers are stale.
+    If the layer holds something else (somebody assigned layer.keys: offloading, beam selection), the room is stale.
     """
 
-    _key_buffer: Tensor | None = None
-    _value_buffer: Tensor | None = None
-    _key_view: Tensor | None = None
-    _value_view: Tensor | None = None
-    _expected_length = 0  # tokens that generate() will come to, if known
-    keys: Tensor | None
-    values: Tensor | None
+    __slots__ = ("key_view", "keys", "value_view", "values")
 
-    def _fits(self, key_states: Tensor, value_states: Tensor, end: int) -> bool:
-        """Whether the buffers hold the layer's present keys and values, and have room up to ``end``."""
-        kb, vb = self._key_buffer, self._value_buffer
-        return (
-            kb is not None
-            and vb is not None
-            and self.keys is self._key_view
-            and self.values is self._value_view
-            and end <= kb.shape[2]
-            and _may_write(kb)
-        )
-
-    def _allocate(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
+    def __init__(self, key_states: Tensor, value_states: Tensor, capacity: int) -> None:
         b, h, _, d = key_states.shape
-        bv, hv, _, dv = value_states.shape
-        self._key_buffer = key_states.new_empty((b, h, capacity, d))
-        self._value_buffer = value_states.new_empty((bv, hv, capacity, dv))
+        self.keys = key_states.new_empty((b, h, capacity, d))
+        b, h, _, d = value_states.shape
+        self.values = value_states.new_empty((b, h, capacity, d))
+        self.key_view: Tensor | None = None
+        self.value_view: Tensor | None = None
 
-    def _drop(self) -> None:
-        self._key_buffer = self._value_buffer = self._key_view = self._value_view = None
+    def holds(self, layer: Any) -> bool:
+        """Whether the layer's present keys and values lie here, and may be written to."""
+        if layer.keys is not self.key_view or layer.values is not self.value_view:
+            return False
+        return not self.keys.is_inference() or torch.is_inference_mode_enabled()
+
+    def write(self, key_states: Tensor, value_states: Tensor, start: int, end: int) -> None:
+        self.keys.narrow(2, start, end - start).copy_(key_states)
+        self.values.narrow(2, start, end - start).copy_(value_states)
+
+    def show(self, layer: Any, start: int, end: int) -> None:
+        """Make the tokens from start to end the layer's keys and values."""
+        layer.keys = self.key_view = self.keys.narrow(2, start, end - start)
+        layer.values = self.value_view = self.values.narrow(2, start, end - start)
 
 
 def _appendable(layer: Any, key_states: Tensor, value_states: Tensor) -> bool:
@@ -70,89 +62,67 @@ def _appendable(layer: Any, key_states: Tensor, value_states: Tensor) -> bool:
     )
 
 
-class InPlaceLayer(_Buffers, DynamicLayer):
+class InPlaceLayer(DynamicLayer):
     """DynamicLayer that appends into a growing buffer. With gradients or under torch.compile it is DynamicLayer."""
+
+    _room: Room | None = None
+    _expected_length = 0  # tokens that generate() will come to, if known
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
         used = self.keys.shape[2] if self.keys.ndim == 4 else 0
-        if used == 0:
-            return self._first(key_states, value_states)
-        if not _appendable(self, key_states, value_states):
-            self._drop()
+        end, room = used + key_states.shape[-2], self._room
+        if used == 0:  # with room for the rest if generate() announced one, else exactly as stock
+            announced = self._expected_length > end and key_states.ndim == 4 and type(key_states) is Tensor
+            if not announced or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return super().update(key_states, value_states, *args, **kwargs)
+            room = self._room = Room(key_states, value_states, self._capacity(end))
+        elif not _appendable(self, key_states, value_states):
+            self._room = None
             return super().update(key_states, value_states, *args, **kwargs)
-        end = used + key_states.shape[2]
-        if not self._fits(key_states, value_states, end):
-            self._grow(key_states, value_states, used, end)
-        return self._write(key_states, value_states, used, end)
-
-    def _first(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """The first tokens: with room for the rest if generate() announced one, else exactly as stock."""
-        rows = key_states.shape[2]
-        ready = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and key_states.ndim == 4
-        if not ready or self._expected_length <= rows or type(key_states) is not Tensor:
-            self._drop()
-            return super().update(key_states, value_states)
-        self._allocate(key_states, value_states, self._capacity(rows))
-        return self._write(key_states, value_states, 0, rows)
+        elif room is None or end > room.keys.shape[2] or not room.holds(self):
+            room = self._room = Room(key_states, value_states, self._capacity(end))
+            room.write(self.keys, self.values, 0, used)
+        room.write(key_states, value_states, used, end)
+        room.show(self, 0, end)
+        return self.keys, self.values
 
     def _capacity(self, needed: int) -> int:
         if self._expected_length >= needed:
             return min(self._expected_length, needed + max(needed, 1024))
         return needed + max(needed // 2, SLACK)
 
-    def _grow(self, key_states: Tensor, value_states: Tensor, used: int, end: int) -> None:
-        keys, values = self.keys, self.values
-        assert keys is not None and values is not None
-        self._allocate(key_states, value_states, self._capacity(end))
-        assert self._key_buffer is not None and self._value_buffer is not None
-        self._key_buffer[:, :, :used].copy_(keys)
-        self._value_buffer[:, :, :used].copy_(values)
-
-    def _write(self, key_states: Tensor, value_states: Tensor, used: int, end: int) -> tuple[Tensor, Tensor]:
-        kb, vb = self._key_buffer, self._value_buffer
-        assert kb is not None and vb is not None
-        kb.narrow(2, used, end - used).copy_(key_states)
-        vb.narrow(2, used, end - used).copy_(value_states)
-        self.keys = self._key_view = kb.narrow(2, 0, end)
-        self.values = self._value_view = vb.narrow(2, 0, end)
-        return self.keys, self.values
-
-    def _owned(self) -> bool:
-        return self.keys is not None and self.keys is self._key_view and self.values is self._value_view
-
     def crop(self, tokens_to_remove: int) -> None:
-        owned = self._owned()
+        room = self._room
+        owned = room is not None and self.is_initialized and room.holds(self)
         super().crop(tokens_to_remove)
-        if owned:  # still a prefix of the buffers
-            self._key_view, self._value_view = self.keys, self.values
+        if owned and room is not None:
+            room.show(self, 0, self.keys.shape[2])  # still the beginning of the buffers
 
     def reset(self) -> None:
         super().reset()
-        self._drop()
+        self._room = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """As stock, but straight into a buffer with room for the next tokens: one copy per step instead of two."""
-        kb, vb = self._key_buffer, self._value_buffer
-        if not self._owned() or kb is None or vb is None or torch.is_grad_enabled() or not _may_write(kb):
+        room = self._room
+        if room is None or torch.is_grad_enabled() or not self.is_initialized or not room.holds(self):
             super().reorder_cache(beam_idx)
             return
-        assert self.keys is not None and self.values is not None
-        index = beam_idx.to(kb.device)
-        keys, values, used = self.keys, self.values, self.keys.shape[2]
-        shape, value_shape = (index.shape[0], *kb.shape[1:]), (index.shape[0], *vb.shape[1:])
-        self._key_buffer, self._value_buffer = kb.new_empty(shape), vb.new_empty(value_shape)
-        self.keys = self._key_view = self._key_buffer.narrow(2, 0, used)
-        self.values = self._value_view = self._value_buffer.narrow(2, 0, used)
+        index = beam_idx.to(self.keys.device)
+        keys, values = self.keys, self.values
+        rows, used = index.shape[0], keys.shape[2]
+        self._room = Room(keys[:1].expand(rows, -1, -1, -1), values[:1].expand(rows, -1, -1, -1), room.keys.shape[2])
+        self._room.show(self, 0, used)
         torch.index_select(keys, 0, index, out=self.keys)
         torch.index_select(values, 0, index, out=self.values)
 
 
-class InPlaceSlidingLayer(_Buffers, DynamicSlidingWindowLayer):
+class InPlaceSlidingLayer(DynamicSlidingWindowLayer):
     """DynamicSlidingWindowLayer whose window slides along a buffer of about two windows."""
 
+    _room: Room | None = None
     _end = 0  # where the next token goes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -165,40 +135,36 @@ class InPlaceSlidingLayer(_Buffers, DynamicSlidingWindowLayer):
             or not 0 < rows <= window
             or not _appendable(self, key_states, value_states)
         ):
-            self._drop()
+            self._room = None
             return super().update(key_states, value_states, *args, **kwargs)
         used = self.keys.shape[2]
-        if not self._fits(key_states, value_states, self._end + rows):
-            self._make_room(key_states, value_states, used, rows)
-        kb, vb, end = self._key_buffer, self._value_buffer, self._end + rows
-        assert kb is not None and vb is not None
-        kb.narrow(2, self._end, rows).copy_(key_states)
-        vb.narrow(2, self._end, rows).copy_(value_states)
-        start, kept = self._end - used, min(used + rows, window)
-        self.keys = self._key_view = kb.narrow(2, end - kept, kept)
-        self.values = self._value_view = vb.narrow(2, end - kept, kept)
+        room = self._room
+        if room is None or self._end + rows > room.keys.shape[2] or not room.holds(self):
+            room = self._make_room(key_states, value_states, used, rows)
+        start, end = self._end - used, self._end + rows
+        room.write(key_states, value_states, self._end, end)
+        room.show(self, end - min(used + rows, window), end)
         self._end = end
         self.cumulative_length += rows
-        return kb.narrow(2, start, end - start), vb.narrow(2, start, end - start)
+        return room.keys.narrow(2, start, end - start), room.values.narrow(2, start, end - start)
 
-    def _make_room(self, key_states: Tensor, value_states: Tensor, used: int, rows: int) -> None:
+    def _make_room(self, key_states: Tensor, value_states: Tensor, used: int, rows: int) -> Room:
         """Move the window to the front of the buffers, or of new ones."""
-        keys, values = self.keys, self.values
-        capacity = 2 * (self.sliding_window - 1) + rows
-        if used < self.sliding_window - 1:
+        window, room = self.sliding_window - 1, self._room
+        capacity = 2 * window + rows
+        if used < window:
             capacity = min(capacity, used + rows + max(used, SLACK))
-        kb, start = self._key_buffer, self._end - used
-        same = self._fits(key_states, value_states, 0) and kb is not None and kb.shape[2] >= capacity
-        if not same or start < used:  # the second: source and target would overlap
-            self._allocate(key_states, value_states, capacity)
-        assert self._key_buffer is not None and self._value_buffer is not None
-        self._key_buffer.narrow(2, 0, used).copy_(keys)
-        self._value_buffer.narrow(2, 0, used).copy_(values)
+        stays = room is not None and room.holds(self) and room.keys.shape[2] >= capacity
+        if room is None or not stays or self._end - used < used:  # the last: source and target would overlap
+            room = self._room = Room(key_states, value_states, capacity)
+        room.write(self.keys, self.values, 0, used)
+        room.show(self, 0, used)
         self._end = used
+        return room
 
     def reset(self) -> None:
         super().reset()
-        self._drop()
+        self._room = None
 
 
 _REPLACEMENTS: dict[type, type] = {DynamicLayer: InPlaceLayer, DynamicSlidingWindowLayer: InPlaceSlidingLayer}

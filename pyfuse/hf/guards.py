@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _is_compiling = torch.compiler.is_compiling
@@ -33,4 +34,9 @@ def values_only(x: Tensor, weight: Tensor | None = None) -> bool:
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs more than its forward, so that a fused method must not go around the call."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+    )

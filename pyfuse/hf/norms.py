@@ -85,9 +85,6 @@ def layer_norm_forward(self: nn.LayerNorm, input: Tensor) -> Tensor:
     return layer_norm(input, weight, self._parameters.get("bias"), self.eps)
 
 
-layer_norm_forward.__name__ = "forward"  # so that a pickled model finds the class's own method
-
-
 @lru_cache(maxsize=None)
 def _rms_forward(eps_name: str, casting: str) -> Callable[..., Tensor]:
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:

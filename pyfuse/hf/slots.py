@@ -20,11 +20,12 @@ class LinearSlot:
     A deepcopy starts without: it packs its own weight when it is first called.
     """
 
-    __slots__ = ("packed", "transposed", "weight")
+    __slots__ = ("bias", "packed", "transposed", "weight")
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
         self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         self.packed: Any = None  # pyfuse.linear.PackedLinear, or None: no plan wins for this weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearSlot:

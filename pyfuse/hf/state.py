@@ -30,6 +30,7 @@ class State:
         self.after: dict[str, Any] = {}
         self.tensors: list[tuple[str, str, Tensor, Tensor]] = []  # (_parameters | _buffers, name, old, new)
         self.pre_hooks: dict[int, Callable[..., Any]] = {}
+        self.configs: set[str] = set()  # the replaced attributes that are configurations
         self.enabled = True
         self.linear: LinearSlot | None = None
         self.norm: NormSlot | None = None
@@ -37,14 +38,15 @@ class State:
         self.zero_bias = False  # an attention module whose position_bias is always zeros
         self.fused: str | None = None  # the name of the fused forward
 
-    def disable(self, module: nn.Module) -> None:
+    def disable(self, module: nn.Module, configs: bool = True) -> None:
+        """Put the replaced attributes back (configurations too, if asked) and take the hooks off."""
         for name, value in self.before.items():
+            if name in self.configs and not configs:
+                continue
             if value is Missing:
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = value
-        for store, name, old, _new in self.tensors:
-            module.__dict__[store][name] = old
         for key in self.pre_hooks:
             module._forward_pre_hooks.pop(key, None)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -52,8 +54,6 @@ class State:
 
     def enable(self, module: nn.Module) -> None:
         module.__dict__.update(self.after)
-        for store, name, _old, new in self.tensors:
-            module.__dict__[store][name] = new
         for key, hook in self.pre_hooks.items():
             module._forward_pre_hooks[key] = hook
             module._forward_pre_hooks_with_kwargs[key] = True
@@ -76,7 +76,11 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 
 def bind(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-    """Replace a method of this instance by ``function(self, ...)``."""
+    """Replace a method of this instance by ``function(self, ...)``.
+
+    A bound method is pickled as (instance, name): by its true name it comes back as the class's own method.
+    """
+    function.__name__ = name
     set_attribute(module, name, MethodType(function, module))
 
 
@@ -99,11 +103,18 @@ def patched_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, State]]:
             yield name, module, state
 
 
-def switch(model: nn.Module, on: bool) -> None:
-    """Put the patches in force or take them off, keeping them (probing and timing stock against patched)."""
+def switch_on(model: nn.Module) -> None:
     for _name, module, state in patched_modules(model):
-        if state.enabled != on:
-            (state.enable if on else state.disable)(module)
+        state.enable(module)
+
+
+def switch_off(model: nn.Module, configs: bool = True) -> None:
+    """Take the patches off, keeping them for :func:`switch_on`, as for a probe of the stock model.
+
+    Tensors that dtype= replaced stay; configs=False leaves the model its own copies of its configurations.
+    """
+    for _name, module, state in patched_modules(model):
+        state.disable(module, configs)
 
 
 def remove(model: nn.Module) -> None:
@@ -117,6 +128,7 @@ def remove(model: nn.Module) -> None:
                     "restore it first"
                 )
     for _path, module, state in found:
-        if state.enabled:
-            state.disable(module)
+        state.disable(module)
+        for store, name, old, _new in state.tensors:
+            module.__dict__[store][name] = old
         del module.__dict__[ATTRIBUTE]

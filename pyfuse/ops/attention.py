@@ -56,19 +56,19 @@ def attention(
     sinks, alibi_slopes: [Hq], in q's dtype or float32.
     seqlens_k: [B], int32 or int64: sequence b has keys 0 … seqlens_k[b] - 1 only. Alignment stays
       with N. The values are not checked: more than N is N, less than 0 is 0.
-    dropout_p: the random numbers are a function of one seed drawn from torch's default generator and
-      of (b, h, i, j), the same on every backend. Pass 0 outside training.
+    dropout_p: the random numbers are a function of one seed, drawn from torch's default generator,
+      and of (b, h, i, j), the same on every backend. Pass 0 outside training.
 
-    Returns o [B, Hq, M, Dv] in q's dtype, laid out in memory as q is ([B, M, Hq, Dv] for a transposed
-    view of that). With return_lse also lse [B, Hq, M], the natural logarithm of the softmax's
-    denominator, in float32 (float64 for float64).
+    Returns o [B, Hq, M, Dv] in q's dtype and in q's memory order ([B, M, Hq, Dv] where q is a
+    transposed view of [B, M, Hq, D]). With return_lse also lse [B, Hq, M], the natural logarithm of
+    the softmax's denominator, in float32 (float64 for float64).
 
     A query that sees no key: o = 0, lse = -inf (its sink, where there is one), gradients 0. What a
-    key that a query does not see holds, NaN included, has no effect on that query; a NaN (or for some
-    backends any non-finite number) that it sees makes its result NaN.
+    key that a query does not see holds, NaN included, has no effect on that query; a NaN that it
+    sees makes its result NaN.
 
-    ValueError, TypeError: an argument that does not fit. NotImplementedError: `backend` was named and
-    cannot do this.
+    ValueError, TypeError: an argument that does not fit. NotImplementedError: `backend` was named
+    and cannot do this.
     """
     dims = bind_dims(q=(q, "B Hq M D"), k=(k, "B Hk N D"), v=(v, "B Hk N Dv"))
     require_floating(q=q)
@@ -120,14 +120,14 @@ def varlen_attention(
 ) -> Any:
     """`attention` of B sequences of different lengths, packed one after another without padding.
 
-    q [T, Hq, D]; k [Tk, Hk, D]; v [Tk, Hk, Dv]: sequence b has the queries
-      cu_seqlens_q[b] … cu_seqlens_q[b + 1] - 1 and the keys cu_seqlens_k[b] … cu_seqlens_k[b + 1] - 1,
-      and sees nothing else. A sequence may have no queries, or no keys.
+    q [T, Hq, D]; k [Tk, Hk, D]; v [Tk, Hk, Dv]: sequence b has the queries cu_seqlens_q[b] up to
+      cu_seqlens_q[b + 1], exclusive, sees the keys cu_seqlens_k[b] up to cu_seqlens_k[b + 1], and
+      nothing else. A sequence may have no queries, or no keys.
     cu_seqlens_q, cu_seqlens_k [B + 1]: int32 or int64, on q's device, from 0, never decreasing; not
       read on the host, so not checked. Rows from the last value on belong to no sequence: o = 0.
 
     causal, window and alibi_slopes align each sequence's last query with its own last key; dropout
-    counts (b, h, i, j) within the sequence: the result is that of `attention` on each sequence alone.
+    counts (b, h, i, j) within the sequence: the result is that of `attention` of a padded batch.
     Everything else as in `attention`. Returns o [T, Hq, Dv], and with return_lse also lse [Hq, T].
     """
     dims = bind_dims(
@@ -180,15 +180,15 @@ def decode_attention(
 ) -> Any:
     """`attention` of the newest M tokens of each sequence over a cache that holds them already.
 
-    q [B, Hq, M, D], M small. seqlens_k [B], int32 or int64: the keys in each sequence's cache, the M
-      new ones included. Its last query stands on its last key, seqlens_k[b] - 1: causal, window and
-      alibi_slopes count from there, where `attention` would count from N.
+    q [B, Hq, M, D], M small. seqlens_k [B], int32 or int64: the keys in each sequence's cache, the
+      M new ones included. The last query stands on the last of them, seqlens_k[b] - 1: causal,
+      window and alibi_slopes count from there, where `attention` would count from N.
     The cache is one of
       contiguous: k_cache [B, Hk, N, D], v_cache [B, Hk, N, Dv], seqlens_k[b] <= N;
-      paged: k_cache [pages, Hk, page_size, D], v_cache [pages, Hk, page_size, Dv], with block_table
-      [B, pages_per_seq], int32 or int64: key j of sequence b is in page block_table[b, j // page_size].
-      Entries beyond a sequence's length are not used; a used one that is no page is an error of the
-      caller that is not checked here (Kwon et al., arXiv:2309.06180).
+      paged: k_cache [pages, Hk, page_size, D], v_cache [pages, Hk, page_size, Dv], block_table
+      [B, pages_per_seq], int32 or int64 (Kwon et al., arXiv:2309.06180): key j of sequence b lies
+      in page block_table[b, j // page_size]. Entries beyond a sequence's length are not used; that
+      the others are pages is not checked.
 
     Everything else as in `attention`. Returns o [B, Hq, M, Dv], and with return_lse lse [B, Hq, M].
     """

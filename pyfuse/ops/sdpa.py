@@ -1,4 +1,4 @@
-"""torch.nn.functional.scaled_dot_product_attention, by name, signature and meaning, on pyfuse's kernels."""
+"""torch.nn.functional.scaled_dot_product_attention, signature and meaning, on pyfuse's kernels."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def scaled_dot_product_attention(
     query [..., Hq, L, E]; key [..., H, S, E]; value [..., H, S, Ev]: two or more dimensions, those
     before the last two broadcast against each other. Any strides. Returns [..., Hq, L, Ev].
     attn_mask: broadcastable to [..., Hq, L, S]; bool (True = attend), or added.
-    is_causal: top-left alignment: query i sees the keys 0 … i, whatever L and S (`attention` has the
-      last query see the last key). Not together with attn_mask.
+    is_causal: top-left alignment: query i sees the keys 0 … i, whatever L and S (in `attention` the
+      last query sees the last key). Not together with attn_mask.
     enable_gqa: Hq may be a multiple of H.
     Differences from torch: the dropout mask is that of `attention` (another one for the same seed);
     attn_mask is bool, query's dtype or float32. Errors are ValueError and TypeError.
@@ -75,7 +75,7 @@ def _to_one_batch(
     query, key, value = (x[(None,) * (count - x.dim())] for x in (query, key, value))
     batch = _broadcast("batch", query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads_k = _broadcast("head", key.shape[-3:-2], value.shape[-3:-2])
-    heads_q = query.shape[-3:-2]
+    heads_q: tuple[int, ...] = query.shape[-3:-2]
     if not enable_gqa:
         heads_q = _broadcast("head", heads_q, heads_k)
     query, key, value = (
@@ -98,7 +98,7 @@ def _mask_to_one_batch(mask: Tensor, lead: tuple[int, ...]) -> Tensor:
     return mask.expand(*batch, *mask.shape[-3:]).reshape(prod(batch), *mask.shape[-3:])
 
 
-def _broadcast(what: str, *shapes: torch.Size) -> tuple[int, ...]:
+def _broadcast(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
     try:
         return tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError as error:

@@ -1,0 +1,134 @@
+"""Fused forwards of feed-forward blocks and of "add the residual, then normalise".
+
+Each function replaces the body of the method whose fingerprint :mod:`pyfuse.hf.patches` lists beside it. It runs for
+plain values in eval mode and where the layers inside are patched; otherwise the class's own method runs, layer by layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyfuse.hf.guards import hooked, values_only
+from pyfuse.hf.linears import packed_of
+from pyfuse.hf.norms import add_norm
+from pyfuse.hf.state import ATTRIBUTE
+
+
+def _activation(module: nn.Module, name: str) -> str | None:
+    """pyfuse's name of the activation ``module.name``, if it is still the one that was recognised."""
+    known, kind = module.__dict__[ATTRIBUTE].activation
+    current = module._modules.get(name, None) or module.__dict__.get(name)
+    if current is not known or (isinstance(current, nn.Module) and hooked(current)):
+        return None
+    return kind  # type: ignore[no-any-return]
+
+
+# Feed-forward blocks. Each takes the residual to add at the end: the layer above passes it (layers.py).
+
+
+def gated(
+    self: nn.Module, x: Tensor, residual: Tensor | None, gate: str, up: str, down: str, act: str
+) -> Tensor | None:
+    """down(act(gate(x)) · up(x)) + residual, or None where a part is not packed."""
+    kind = None if self.training else _activation(self, act)
+    if kind is None:
+        return None
+    m = self._modules
+    g, u, d = packed_of(m[gate], x), packed_of(m[up], x), packed_of(m[down], x)  # type: ignore[arg-type]
+    if g is None or u is None or d is None:
+        return None
+    return d(g(x, activation=kind, multiply=u(x)), residual=residual)
+
+
+def plain(
+    self: nn.Module, x: Tensor, residual: Tensor | None, first: str, second: str, act: str
+) -> Tensor | None:
+    """second(act(first(x))) + residual, or None where a part is not packed."""
+    kind = None if self.training else _activation(self, act)
+    if kind is None:
+        return None
+    m = self._modules
+    a, b = packed_of(m[first], x), packed_of(m[second], x)  # type: ignore[arg-type]
+    if a is None or b is None:
+        return None
+    return b(a(x, activation=kind), residual=residual)
+
+
+FEED_FORWARD: dict[str, tuple[Any, tuple[str, ...]]] = {  # name of the fused forward -> function and its layers
+    "llama_mlp": (gated, ("gate_proj", "up_proj", "down_proj", "act_fn")),
+    "t5_gated": (gated, ("wi_0", "wi_1", "wo", "act")),
+    "t5_dense": (plain, ("wi", "wo", "act")),
+    "gpt2_mlp": (plain, ("c_fc", "c_proj", "act")),
+    "distilbert_ffn": (plain, ("lin1", "lin2", "activation")),
+}
+
+
+def feed_forward(block: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """block(x) + residual, in one go where ``block`` is one of FEED_FORWARD and its call would run nothing else."""
+    state = block.__dict__.get(ATTRIBUTE)
+    if (
+        state is not None
+        and state.fused in FEED_FORWARD
+        and state.enabled
+        and not hooked(block)
+        and (residual is None or residual.dtype == x.dtype)
+    ):
+        function, names = FEED_FORWARD[state.fused]
+        out: Tensor | None = function(block, x, residual, *names)
+        if out is not None:
+            return out
+    y: Tensor = block(x)
+    return y if residual is None else residual + y
+
+
+def _own(self: nn.Module, x: Tensor) -> Tensor | None:
+    function, names = FEED_FORWARD[self.__dict__[ATTRIBUTE].fused]
+    return function(self, x, None, *names) if values_only(x) else None  # type: ignore[no-any-return]
+
+
+def llama_mlp(self: Any, x: Tensor) -> Tensor:
+    out = _own(self, x)
+    return type(self).forward(self, x) if out is None else out
+
+
+def t5_mlp(self: Any, hidden_states: Tensor) -> Tensor:
+    out = _own(self, hidden_states)
+    return type(self).forward(self, hidden_states) if out is None else out
+
+
+def distilbert_ffn(self: Any, input: Tensor) -> Tensor:
+    out = _own(self, input)
+    return type(self).ff_chunk(self, input) if out is None else out
+
+
+def bert_intermediate(self: Any, hidden_states: Tensor) -> Tensor:
+    """act(dense(x))"""
+    if values_only(hidden_states):
+        kind = _activation(self, "intermediate_act_fn")
+        dense = packed_of(self._modules["dense"], hidden_states)
+        if kind is not None and dense is not None:
+            return dense(hidden_states, activation=kind)
+    return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+
+
+# The residual and the norm after it.
+
+
+def bert_output(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """LayerNorm(dense(x) + residual)"""
+    if not self.training and values_only(hidden_states) and values_only(input_tensor):
+        m = self._modules
+        out = add_norm(m["LayerNorm"], m["dense"](hidden_states), input_tensor)
+        if out is not None:
+            return out[0]
+    return type(self).forward(self, hidden_states, input_tensor)  # type: ignore[no-any-return]
+
+
+def t5_layer_ff(self: Any, hidden_states: Tensor) -> Tensor:
+    """x + mlp(norm(x))"""
+    if self.training or not values_only(hidden_states):
+        return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+    m = self._modules
+    return feed_forward(m["DenseReluDense"], m["layer_norm"](hidden_states), hidden_states)

@@ -1,0 +1,106 @@
+"""nn.Linear and GPT-2's Conv1D on packed weights, for inference on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from pyfuse.hf.guards import hooked, values_only
+from pyfuse.hf.slots import LinearSlot
+from pyfuse.hf.state import ATTRIBUTE, bind, state_of
+
+if TYPE_CHECKING:
+    from pyfuse.linear import PackedLinear
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def patch_linear(module: nn.Module) -> str | None:
+    """Pack this layer's weight and route its calls there; the reason if it stays as it is."""
+    stock = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    if type(module).forward is not stock.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if "forward" in module.__dict__:
+        return "its forward is replaced already"
+    weight = module._parameters.get("weight")
+    if weight is None or type(weight) is not nn.Parameter:
+        return "its weight is no plain parameter"
+    if not weight.is_cpu:
+        return f"its weight is on {weight.device}, not on the CPU"
+    slot = LinearSlot(transposed=stock is Conv1D)
+    _pack(module, slot)
+    if slot.packed is None:
+        return "no packed form is faster for this shape on this machine"
+    state_of(module).linear = slot
+    bind(module, "forward", conv1d_forward if stock is Conv1D else linear_forward)
+    return None
+
+
+@torch.no_grad()
+def _pack(module: nn.Module, slot: LinearSlot) -> None:
+    from pyfuse.linear import plan  # here, since linear=False does without
+
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    slot.packed = None if weight is None else plan(weight, bias, transposed=slot.transposed)
+    slot.weight, slot.bias = weight, bias
+
+
+def packed_of(linear: nn.Module, x: Tensor) -> PackedLinear | None:
+    """The packed weight to use for ``x`` in place of ``linear(x)``; None where the call itself is needed.
+
+    A weight that has changed since (load_state_dict, training, a deepcopy) is packed again. ``values_only(x)`` is
+    the caller's to check.
+    """
+    state = linear.__dict__.get(ATTRIBUTE)
+    if state is None or state.linear is None or not state.enabled or hooked(linear):
+        return None
+    slot = state.linear
+    weight = linear._parameters.get("weight")
+    if weight is None or (weight.requires_grad and torch.is_grad_enabled()):
+        return None
+    if (
+        weight is not slot.weight
+        or linear._parameters.get("bias") is not slot.bias
+        or (slot.packed is not None and not slot.packed.is_current())
+    ):
+        _pack(linear, slot)
+    if x.dtype != weight.dtype or x.numel() == 0:
+        return None
+    return slot.packed  # type: ignore[no-any-return]
+
+
+def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
+    packed = packed_of(self, input) if values_only(input) else None
+    return nn.Linear.forward(self, input) if packed is None else packed(input)
+
+
+def conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
+    packed = packed_of(self, x) if values_only(x) else None
+    return Conv1D.forward(self, x) if packed is None else packed(x)
+
+
+_ACTIVATIONS: dict[str, Any] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+@torch.no_grad()
+def activation_name(activation: Any) -> str | None:
+    """Which of PackedLinear's activations this function or module computes, found by calling it."""
+    if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
+        return None
+    x = torch.linspace(-8.0, 8.0, 257)
+    theirs = activation(x)
+    for name, function in _ACTIVATIONS.items():
+        if isinstance(theirs, Tensor) and torch.allclose(theirs, function(x), rtol=0, atol=2e-6):
+            return name
+    return None

@@ -1,0 +1,1 @@
+"""Models: the two real ones of the demo (pyfuse.models.zoo)."""

@@ -1,0 +1,142 @@
+"""Choosing a backend: the first without an objection, a named one never falls back, explain() tells all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pyfuse
+from pyfuse import dispatch
+from pyfuse.backends import BACKENDS
+
+Q = torch.randn(1, 2, 5, 8)
+
+
+def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True
+    )
+
+
+def test_every_listed_backend_keeps_the_contract() -> None:
+    for name in BACKENDS:
+        module = dispatch.load(name)
+        reason = module.why_unavailable()
+        assert reason is None or (isinstance(reason, str) and reason)
+        for op, impl in module.OPS.items():
+            assert callable(impl.fn) and callable(impl.why_not), f"{name}: {op}"
+    assert set(dispatch.load("eager").OPS) >= set(dispatch.load("cpu").OPS), "eager has every operation"
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="backend: got 'gpu', needs one of cpu, eager"):
+        pyfuse.attention(Q, Q, Q, backend="gpu")
+    with pytest.raises(ValueError, match="use_backend: got 'gpu'"), pyfuse.use_backend("gpu"):
+        pass
+
+
+def test_a_named_backend_does_not_fall_back() -> None:
+    q = Q.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="cpu: "):
+        pyfuse.attention(q, q, q, backend="cpu")
+    with pyfuse.use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: "):
+        pyfuse.attention(q, q, q)
+    pyfuse.attention(q, q, q).sum().backward()
+    assert q.grad is not None
+
+
+def test_use_backend_is_scoped_and_overruled_by_the_argument() -> None:
+    with pyfuse.use_backend("eager"):
+        assert pyfuse.explain("attention", Q, Q, Q).chosen == "eager"
+        if dispatch.backend_status()["cpu"] is None:
+            assert pyfuse.explain("attention", Q, Q, Q, backend="cpu").chosen == "cpu"
+        with pytest.raises(RuntimeError, match="inner"), pyfuse.use_backend("cpu"):
+            raise RuntimeError("inner")
+        assert pyfuse.explain("attention", Q, Q, Q).chosen == "eager"
+
+
+def test_explain_names_each_backend_passed_over() -> None:
+    answer = pyfuse.explain(pyfuse.attention, Q, Q, Q, dropout_p=0.5)
+    assert answer.chosen == "eager"
+    assert [c.backend for c in answer.candidates] == ["cpu", "eager"]
+    assert answer.candidates[0].reason and answer.candidates[-1].reason is None
+    assert str(answer).splitlines()[0] == "attention: eager" and "cpu: " in str(answer)
+
+
+def test_explain_checks_like_the_call_and_computes_nothing() -> None:
+    with pytest.raises(ValueError, match="k: "):
+        pyfuse.explain("attention", Q, torch.randn(1, 2, 5, 7), Q)
+    x = torch.randn(2, 4, 3, 8)
+    before = x.clone()
+    c = torch.ones(3, 4)
+    pyfuse.explain("rope", x, 2 * c, c, layout="half", inplace=True)
+    assert torch.equal(x, before)
+    with pytest.raises(TypeError, match="not an operation"):
+        pyfuse.explain(torch.relu, x)
+
+
+def test_environment_chooses_the_backend() -> None:
+    code = "import torch, pyfuse; q = torch.ones(1, 1, 2, 8); print(pyfuse.explain('attention', q, q, q).chosen)"
+    assert python(code, PYFUSE_BACKEND="eager").stdout.strip() == "eager"
+    refused = python(code, PYFUSE_BACKEND="vulkan")
+    assert refused.returncode != 0
+    assert "ValueError: PYFUSE_BACKEND: got 'vulkan', needs one of cpu, eager" in refused.stderr
+
+
+@pytest.mark.skipif(dispatch.backend_status()["cpu"] is not None, reason="pyfuse._C is not built")
+def test_environment_chooses_the_instruction_set() -> None:
+    code = (
+        "import torch, pyfuse; from pyfuse.backends import cpu; q = torch.ones(1, 1, 2, 8);"
+        "pyfuse.attention(q, q, q); print(cpu.isa())"
+    )
+    from pyfuse.backends import cpu
+
+    for isa in cpu.available_isas():
+        assert python(code, PYFUSE_ISA=isa).stdout.strip() == isa
+    refused = python(code, PYFUSE_ISA="avx9")
+    assert "ValueError: PYFUSE_ISA: got 'avx9', needs one of" in refused.stderr
+
+
+@pytest.mark.skipif(dispatch.backend_status()["cpu"] is not None, reason="pyfuse._C is not built")
+def test_kernels_refuse_null_pointers() -> None:
+    """A FakeTensor's data pointer is 0: that must raise, not crash."""
+    from pyfuse.backends.cpu_module import module
+
+    with pytest.raises(ValueError, match="q: null data pointer"):
+        module().attention(
+            0, (1, 1, 1, 1), 1, (1, 1, 1, 1), 1, (1, 1, 1, 1), 1, (1, 1, 1, 1), 0,
+            (1, 1, 1, 1, 1, 8, 8), 0, 1.0, 0.0, -1, -1, 0, 0, 0, 1, 0, None, 0,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="x: null data pointer"):
+        module().linear(0, 8, 1, 8, 0, 1, 8, 1, 8, 8, 0, 0, 0, 0, 0, 0, 1)
+
+
+def test_import_is_light() -> None:
+    """accelerate() alone needs transformers: importing pyfuse must not."""
+    code = "import sys, pyfuse; print([m for m in ('transformers', 'rich', 'triton.language') if m in sys.modules])"
+    loaded = python("import torch, sys; print('triton.language' in sys.modules)").stdout.strip() == "True"
+    assert python(code).stdout.strip() == ("['triton.language']" if loaded else "[]")
+
+
+def test_operators_pass_opcheck() -> None:
+    c = torch.randn(5, 4)
+    mask = torch.rand(1, 1, 5, 5) > 0.3
+    options = dict(
+        mask=mask, causal=True, window=None, softcap=None, sinks=None, alibi_slopes=None, seqlens_k=None,
+        dropout_p=0.0, dropout_seed=None, scale=0.3, return_lse=True, backend=None,
+    )  # fmt: skip
+    norm = dict(residual=Q.clone(), prenorm=True, dropout_p=0.0, dropout_seed=None, backend=None)
+    ops = torch.ops.pyfuse
+    from pyfuse.ops import _library  # noqa: F401  defines the operators
+
+    for op, args, kwargs in (
+        (ops.attention, (Q, Q.clone(), Q.clone()), options),
+        (ops.layer_norm, (Q, torch.ones(8), None), {"eps": 1e-5, **norm}),
+        (ops.rms_norm, (Q, torch.ones(8)), {"eps": 1e-5, "casting": "llama", **norm}),
+        (ops.rope, (Q, c, c), dict(layout="half", positions=None, inplace=False, backend=None)),
+    ):
+        torch.library.opcheck(op.default, args, kwargs)
