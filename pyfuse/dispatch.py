@@ -70,12 +70,18 @@ def _checked_name(name: str, source: str) -> str:
     return name
 
 
-def _name_from_environment() -> str | None:
-    name = os.environ.get("PYFUSE_BACKEND")
-    return _checked_name(name, "PYFUSE_BACKEND") if name else None
+# Read once; a wrong name is reported by the first call, so that `pyfuse doctor` still runs.
+_default_name = os.environ.get("PYFUSE_BACKEND") or None
 
 
-_default_name = _name_from_environment()
+def _name_of(backend: str | None) -> str | None:
+    """The backend that the caller names: by argument, by context or in the environment."""
+    if backend is not None:
+        return _checked_name(backend, "backend")
+    named = _named.get()
+    if named is None and _default_name is not None:
+        return _checked_name(_default_name, "PYFUSE_BACKEND")
+    return named
 
 
 @contextmanager
@@ -135,10 +141,9 @@ def _objection(name: str, op: str, tensors: tuple[Any, ...], options: dict[str, 
 
 def choose(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Impl:
     """The implementation that runs this call; NotImplementedError with every reason if there is none."""
-    named = backend or _named.get() or _default_name
-    names = BACKENDS if named is None else (_checked_name(named, "backend"),)
+    named = _name_of(backend)
     reasons = []
-    for name in names:
+    for name in BACKENDS if named is None else (named,):
         reason = _objection(name, op, tensors, options)
         if reason is None:
             impl: Impl = load(name).OPS[op]
@@ -185,9 +190,9 @@ class _Explained(Exception):
 def _ask_all(
     op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
 ) -> Explanation:
-    named = backend or _named.get() or _default_name
+    named = _name_of(backend)
     candidates = []
-    for name in BACKENDS if named is None else (_checked_name(named, "backend"),):
+    for name in BACKENDS if named is None else (named,):
         reason = _objection(name, op, tensors, options)
         candidates.append(Candidate(name, reason))
         if reason is None:

@@ -2,10 +2,9 @@
 
     y = act(x·Wᵀ + b) · multiply + residual          x [..., K], W [N, K], y [..., N]
 
-- ``torch``: what torch does by itself (on AMD CPUs MKL, at a quarter of the fp32 peak).
+- ``torch``: what torch does by itself (fp32 on AMD CPUs: MKL at less than half of the peak).
 - ``rows``: pyfuse's kernel for few rows, which is as fast as memory delivers W. Costs no memory.
-- ``packed``: the oneDNN inside torch, with W laid out once as it likes it. True fp32 (no bf16 passes
-  unless torch is told to allow them); costs a second copy of W.
+- ``packed``: pyfuse's kernel for many rows, on a second copy of W laid out for it.
 
 Which one is a matter of measurement: :func:`plan` times the three on the very shape, once per process.
 """
@@ -21,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfuse.backends.cpu_linear import ACTIVATION, linear_rows, why_not_linear_rows
+from pyfuse.backends.cpu_linear import ACTIVATION, PackedWeight, RowsWeight, why_not_linear
 
 # Numbers of rows that are measured; a call takes the choice made for the next larger one.
-ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-ROUNDS = 5
+ROWS = (1, 2, 4, 8, 16, 64, 256)
+FEW_ROWS = 64  # beyond, reading W only once is no merit any more
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 4, 40, 0.04
 MAX_FLOPS = 4e9  # a larger product is not timed, it behaves as the largest one that was
 COLD_BYTES = 48 * 2**20  # few rows are timed on copies of W of this size in all: in a model W is not cached
 WORTH_IT = 0.95  # of torch's time: less gain than this is noise
@@ -35,14 +35,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
-}
-# oneDNN's names: (attribute, algorithm).
-_POINTWISE: dict[str | None, tuple[str, str]] = {
-    None: ("none", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_tanh": ("gelu", "tanh"),
-    "silu": ("swish", ""),
-    "relu": ("relu", ""),
 }
 
 
@@ -54,50 +46,11 @@ def _finish(y: Tensor, activation: str | None, multiply: Tensor | None, residual
     return y if residual is None else y + residual
 
 
-def _packed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    multiply: Tensor | None,
-    residual: Tensor | None,
-) -> Tensor:
-    """oneDNN takes either an activation or one binary operation along; the rest follows."""
-    ops = torch.ops.mkldnn
-    if activation is None and multiply is not None:
-        y = ops._linear_pointwise.binary(x, multiply, weight, bias, "mul")
-        return y if residual is None else y + residual
-    if activation is None and residual is not None:
-        y = ops._linear_pointwise.binary(x, residual, weight, bias, "add")
-        return y  # type: ignore[no-any-return]
-    attribute, algorithm = _POINTWISE[activation]
-    y = ops._linear_pointwise(x, weight, bias, attribute, [], algorithm)
-    return _finish(y, None, multiply, residual)
-
-
-def pack(weight: Tensor) -> Tensor:
-    """W [N, K] in oneDNN's own layout, as its linear wants it."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS[-1])  # type: ignore[no-any-return]
-
-
-def why_not_packed(weight: Tensor) -> str | None:
-    """Why oneDNN cannot take this weight; None if it can."""
-    if weight.device.type != "cpu":
-        return f"the weight is on {weight.device}, not on the CPU"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch has no oneDNN"
-    if weight.dtype == torch.float32:
-        return None
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    return f"oneDNN has no fast {weight.dtype} on this CPU"
-
-
 class Choice:
     """The fastest way per number of rows, for one (N, K, dtype): the result of a calibration."""
 
     def __init__(self, ways: tuple[str, ...], milliseconds: dict[int, dict[str, float]]) -> None:
-        self.ways = ways  # for ROWS[i] rows; the last also for more
+        self.ways = ways  # for up to ROWS[i] rows; the last also for more
         self.milliseconds = milliseconds
 
     def way(self, rows: int) -> str:
@@ -123,18 +76,26 @@ def _copies(weight: Tensor, rows: int) -> list[Tensor]:
     return [weight] + [weight.clone() for _ in range(min(15, COLD_BYTES // max(size, 1)))]
 
 
-def _measure(weight: Tensor, rows: int) -> dict[str, float]:
-    """Best time of each way for one pass over the copies, interleaved."""
+def _measure(weight: Tensor, rows: int, activation: str | None) -> dict[str, float]:
+    """Best milliseconds of each way for one product, the ways taking turns until they have had their time."""
     x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
     weights = _copies(weight, rows)
-    calls: dict[str, Callable[[], object]] = {"torch": lambda: [F.linear(x, w) for w in weights]}
-    if why_not_linear_rows(weight) is None:
-        calls["rows"] = lambda: [linear_rows(x, w, None) for w in weights]
-    if why_not_packed(weight) is None:
-        packs = [pack(w) for w in weights]
-        calls["packed"] = lambda: [_packed(x, w, None, None, None, None) for w in packs]
+    calls: dict[str, Callable[[], object]] = {
+        "torch": lambda: [_finish(F.linear(x, w), activation, None, None) for w in weights]
+    }
+    if why_not_linear(weight) is None:
+        packed = [PackedWeight(w, None) for w in weights]
+        calls["packed"] = lambda: [w(x, activation) for w in packed]
+        if rows <= FEW_ROWS:
+            plain = [RowsWeight(w, None) for w in weights]
+            calls["rows"] = lambda: [w(x, activation) for w in plain]
     best = dict.fromkeys(calls, float("inf"))
-    for _ in range(ROUNDS + 1):  # the first round warms up; a minimum does not mind it
+    began = time.perf_counter()
+    # The first round warms up, which a minimum does not mind. A machine that others use too needs
+    # many rounds to show its best; what is quick to run gets them.
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and time.perf_counter() - began > SECONDS:
+            break
         for way, call in calls.items():
             start = time.perf_counter()
             call()
@@ -143,8 +104,10 @@ def _measure(weight: Tensor, rows: int) -> dict[str, float]:
 
 
 @lru_cache(maxsize=None)
-def calibrate(n: int, k: int, dtype: torch.dtype, threads: int) -> Choice:
-    """Times the ways for W [n, k] with `threads` threads; well under a second for most shapes."""
+def calibrate(
+    n: int, k: int, dtype: torch.dtype, threads: int, activation: str | None = None
+) -> Choice:
+    """Times the ways for W [n, k] on `threads` threads, followed by an activation if one is named."""
     del threads  # part of the key: the answer depends on it
     ways: list[str] = []
     milliseconds: dict[int, dict[str, float]] = {}
@@ -154,7 +117,7 @@ def calibrate(n: int, k: int, dtype: torch.dtype, threads: int) -> Choice:
             if rows > 1 and 2.0 * rows * n * k > MAX_FLOPS:
                 ways.append(ways[-1])
                 continue
-            best = milliseconds[rows] = _measure(weight, rows)
+            best = milliseconds[rows] = _measure(weight, rows, activation)
             winner = min(best, key=best.__getitem__)
             ways.append(winner if best[winner] < WORTH_IT * best["torch"] else "torch")
     return Choice(tuple(ways), milliseconds)
@@ -171,37 +134,52 @@ class PackedLinear:
         self, weight: Tensor, bias: Tensor | None, choice: Choice, *, transposed: bool = False
     ) -> None:
         self.weight, self.bias, self.choice, self.transposed = weight, bias, choice, transposed
-        self._copy_rows = transposed and "rows" in choice.ways
         self._refresh()
 
     def _refresh(self) -> None:
         weight = self.weight.detach()
         weight = weight.t() if self.transposed else weight
-        self._rows_weight = weight.contiguous() if self._copy_rows or weight.stride(-1) != 1 else weight
-        self._torch_weight = weight
-        self._packed_weight = pack(weight) if "packed" in self.choice.ways else None
-        self._bias = None if self.bias is None else self.bias.detach()
+        bias = None if self.bias is None else self.bias.detach()
+        ways = self.choice.ways
+        self._stock = (weight, bias)
+        self._kernels: dict[str, RowsWeight] = {}
+        if "rows" in ways:
+            in_rows = weight if weight.stride(1) == 1 else weight.contiguous()
+            self._kernels["rows"] = RowsWeight(in_rows, bias)
+        if "packed" in ways:
+            self._kernels["packed"] = PackedWeight(weight, bias)
         self._seen = self._state()
 
     def _state(self) -> tuple[int, int, int]:
-        version = 0 if self.weight.is_inference() else self.weight._version
-        return (version, self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr())
+        weight, bias = self.weight, self.bias
+        version = 0 if weight.is_inference() else weight._version
+        return (version, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
 
     def is_current(self) -> bool:
         """Whether the weight is unchanged since its copies were made."""
         return self._state() == self._seen
 
+    def expect(self, activation: str) -> None:
+        """Choose again, for calls with this activation: what is fused with the product weighs in."""
+        n, k = self._stock[0].shape
+        self.choice = calibrate(n, k, self.weight.dtype, torch.get_num_threads(), activation)
+        self._refresh()
+
     @property
     def memory_bytes(self) -> int:
         """Memory of the copies of W."""
         size = self.weight.numel() * self.weight.element_size()
-        copies = int(self._packed_weight is not None)
-        copies += int(self._rows_weight.data_ptr() != self.weight.data_ptr())
-        return size * copies
+        transposed = "rows" in self._kernels and self._stock[0].stride(1) != 1
+        return size * (int("packed" in self._kernels) + int(transposed))
 
     @property
     def description(self) -> str:
         return self.choice.description
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PackedLinear:
+        weight = self.weight.detach().clone()
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return PackedLinear(weight, bias, self.choice, transposed=self.transposed)
 
     def __call__(
         self,
@@ -212,18 +190,18 @@ class PackedLinear:
         residual: Tensor | None = None,
     ) -> Tensor:
         """act(x·Wᵀ + b) · multiply + residual; multiply and residual have the shape of the result."""
+        if self._state() != self._seen:
+            self._refresh()
+        k = x.shape[-1]
+        kernel = self._kernels.get(self.choice.way(x.numel() // k if k else 0))
+        if kernel is not None:
+            if k != kernel.k:
+                raise ValueError(f"x: K is {k}, but the weight has K = {kernel.k}")
+            return kernel(x, activation, multiply, residual)
         if activation not in ACTIVATION:
             known = ", ".join(str(name) for name in ACTIVATION)
             raise ValueError(f"activation: got {activation!r}, needs one of {known}")
-        if self._state() != self._seen:
-            self._refresh()
-        way = self.choice.way(x.numel() // x.shape[-1] if x.shape[-1] else 0)
-        if way == "rows":
-            return linear_rows(x, self._rows_weight, self._bias, activation, multiply, residual)
-        if way == "packed":
-            return _packed(x, self._packed_weight, self._bias, activation, multiply, residual)  # type: ignore[arg-type]
-        y = F.linear(x, self._torch_weight, self._bias)
-        return _finish(y, activation, multiply, residual)
+        return _finish(F.linear(x, *self._stock), activation, multiply, residual)
 
 
 def plan(weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> PackedLinear | None:

@@ -13,7 +13,7 @@ from conftest import Target
 from torch import Tensor
 
 from pyfuse import linear
-from pyfuse.backends.cpu_linear import ACTIVATION, linear_rows
+from pyfuse.backends.cpu_linear import ACTIVATION, PackedWeight, RowsWeight
 from pyfuse.linear import ROWS, Choice, PackedLinear, calibrate, plan
 
 WAYS = ("torch", "rows", "packed")
@@ -41,20 +41,33 @@ def checked(actual: Tensor, arguments: tuple[Any, ...], name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 17])
+@pytest.mark.parametrize("rows", [1, 2, 3, 17, 65])
 @pytest.mark.parametrize("n,k", SIZES)
-def test_rows_kernel(target: Target, n: int, k: int, rows: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kernel", [RowsWeight, PackedWeight])
+def test_kernels(
+    target: Target, kernel: type[RowsWeight], n: int, k: int, rows: int, dtype: torch.dtype
+) -> None:
     if target.backend != "cpu":
-        pytest.skip("the rows kernel is the CPU's")
+        pytest.skip("the kernels are the CPU's")
     w, b = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     # Small results are drawn often enough for their mean error to mean something.
     draws = max(1, 1000 // (rows * n))
     x, m, r = (torch.randn(draws, rows, size).to(dtype) for size in (k, n, n))
-    y = torch.stack([linear_rows(x[i], w, None) for i in range(draws)])
+    plain, biased = kernel(w, None), kernel(w, b)
+    y = torch.stack([plain(x[i]) for i in range(draws)])
     checked(y, (x, w, None, None, None, None), "plain")
     for activation in ACTIVATION:
-        y = torch.stack([linear_rows(x[i], w, b, activation, m[i], r[i]) for i in range(draws)])
+        y = torch.stack([biased(x[i], activation, m[i], r[i]) for i in range(draws)])
         checked(y, (x, w, b, activation, m, r), str(activation))
+
+
+def test_many_rows_span_several_blocks(target: Target) -> None:
+    """More rows and outputs than one task takes, with a ragged end of both."""
+    if target.backend != "cpu":
+        pytest.skip("the kernels are the CPU's")
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.randn(1013, 257).to(dtype), torch.randn(331, 257).to(dtype)
+        checked(PackedWeight(w, None)(x), (x, w, None, None, None, None), str(dtype))
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATION if name])
@@ -64,27 +77,28 @@ def test_activations_over_their_whole_range(target: Target, activation: str) -> 
         pytest.skip("the rows kernel is the CPU's")
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1e-3, 1e-3, 2001)])[:, None]
     one = torch.ones(1, 1)
-    y, exact = linear_rows(x, one, None, activation), formula(x.double(), one.double(), None, activation, None, None)
+    y, exact = RowsWeight(one, None)(x, activation), formula(x.double(), one.double(), None, activation, None, None)
     # Relative to the value itself where it is not tiny: a wrong tail must not hide behind a large maximum.
     error = (y.double() - exact).abs() / exact.abs().clamp_min(1e-6)
     assert error.max() < 4e-6, f"{activation}: relative error {error.max():.1e} at {x[error.argmax()].item()}"
     special = torch.tensor([[float("inf")], [float("nan")]])
-    y = linear_rows(special, one, None, activation)
+    y = RowsWeight(one, None)(special, activation)
     assert y[0].isinf().all() and y[1].isnan().all()
 
 
 def test_threads_and_runs_agree_bit_by_bit() -> None:
-    x, w = torch.randn(3, 333), torch.randn(777, 333)
+    x, w = torch.randn(67, 333), torch.randn(777, 333)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 4, 2):
             torch.set_num_threads(threads)
-            results.append(linear_rows(x, w, None))
+            results.append((RowsWeight(w, None)(x), PackedWeight(w, None)(x)))
     finally:
         torch.set_num_threads(before)
-    for y in results[1:]:
-        numerics.assert_bitwise_equal(y, results[0], "y")
+    for few, many in results[1:]:
+        numerics.assert_bitwise_equal(few, results[0][0], "rows")
+        numerics.assert_bitwise_equal(many, results[0][1], "packed")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -92,8 +106,6 @@ def test_threads_and_runs_agree_bit_by_bit() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_every_way_with_every_ending(way: str, dtype: torch.dtype, transposed: bool) -> None:
     w, b = torch.randn(65, 111).to(dtype), torch.randn(65).to(dtype)
-    if way == "packed" and linear.why_not_packed(w) is not None:
-        pytest.skip(str(linear.why_not_packed(w)))
     layer = PackedLinear(w.t().contiguous() if transposed else w, b, only(way), transposed=transposed)
     for shape in [(1, 1), (2, 3), (40, 1)]:
         x = torch.randn(*shape, 111).to(dtype)
@@ -154,7 +166,7 @@ def test_a_copied_layer_stands_alone() -> None:
 
 
 def test_choice_takes_the_next_larger_measurement() -> None:
-    choice = Choice(("rows", "rows", "rows", "torch", "torch", "packed", "packed", "packed"), {})
+    choice = Choice(("rows", "rows", "rows", "torch", "torch", "packed", "packed"), {})
     expected = {1: "rows", 4: "rows", 5: "torch", 8: "torch", 16: "torch", 17: "packed", 99999: "packed"}
     assert {rows: choice.way(rows) for rows in expected} == expected
     assert choice.description == "rows up to 4, then torch up to 16, then packed"
@@ -174,6 +186,23 @@ def test_plan_leaves_alone_what_it_cannot_run() -> None:
     assert plan(torch.ones(4, 4, dtype=torch.int8)) is None
     assert plan(torch.ones(0, 4)) is None
     assert plan(torch.ones(4, 4, device="meta")) is None
+
+
+def test_expecting_an_activation_chooses_again() -> None:
+    layer = PackedLinear(torch.randn(65, 111), None, only("torch"))
+    layer.expect("gelu")
+    assert layer.choice is calibrate(65, 111, torch.float32, torch.get_num_threads(), "gelu")
+    x = torch.randn(40, 111)
+    checked(layer(x, activation="gelu"), (x, layer.weight, None, "gelu", None, None), "gelu")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_wrong_inputs_are_refused(way: str) -> None:
+    layer = PackedLinear(torch.randn(4, 6), None, only(way))
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(torch.randn(2, 5))
+    with pytest.raises(ValueError, match="weight: got strides"):
+        RowsWeight(torch.randn(4, 6).t(), None)
 
 
 def test_unknown_activation_names_the_known_ones() -> None:

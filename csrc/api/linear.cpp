@@ -13,6 +13,9 @@ Activation activation_of(int code) {
   return static_cast<Activation>(code);
 }
 
+typedef void (*cpu::Kernels::*Kernel)(const LinearParams&);
+
+template <Kernel kernel>
 void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintptr_t bias, uintptr_t y,
             int64_t y_stride, int64_t rows, int64_t n, int64_t k, int dtype, int activation,
             uintptr_t multiply, int64_t multiply_stride, uintptr_t residual, int64_t residual_stride,
@@ -32,13 +35,30 @@ void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintpt
   p.activation = activation_of(activation);
   p.threads = at_least_one(threads);
   const py::gil_scoped_release release;
-  cpu::kernels().linear(p);
+  (cpu::kernels().*kernel)(p);
+}
+
+void pack(uintptr_t w, int64_t w_stride, uintptr_t packed, int64_t n, int64_t k, int dtype, int threads) {
+  if (n <= 0 || k <= 0) return;
+  LinearParams p{};
+  p.w = address(w, "weight");
+  p.y = address(packed, "packed");
+  p.n = n, p.k = k, p.w_stride = w_stride;
+  p.dtype = dtype_of(dtype);
+  p.threads = at_least_one(threads);
+  const py::gil_scoped_release release;
+  cpu::kernels().pack_linear(p);
 }
 
 }  // namespace
 
 void register_linear(py::module_& m) {
-  m.def("linear", &linear, "y = act(x wT + bias) * multiply + residual for few rows; see params.h.");
+  m.def("linear", &linear<&cpu::Kernels::linear>,
+        "y = act(x wT + bias) * multiply + residual for few rows; see params.h.");
+  m.def("linear_packed", &linear<&cpu::Kernels::linear_packed>,
+        "The same for many rows, with w as pack_linear left it (w_stride is not used).");
+  m.def("pack_linear", &pack, "w [N, K] -> packed [ceil(N / panel)][K][panel].");
+  m.attr("packed_linear_panel") = cpu::packed_linear_panel;
 }
 
 }  // namespace pyfuse

@@ -76,25 +76,38 @@ template <class T, class Path> class Forward {
   }
 
   // scores -> probabilities of six rows; updates max and sum, leaves the rescaling factors in alpha.
+  // In three passes, so that the rows' chains of dependent instructions run side by side.
   void softmax(const Task& t, C* max, C* sum, C (&alpha)[MR]) const {
-    for (int r = 0; r < MR; ++r) {
-      C* s = t.scores + r * BN;
-      V top = load(s);
-      PYFUSE_UNROLL for (int j = W; j < BN; j += W) top = pyfuse::cpu::PYFUSE_ISA::max(top, load(s + j));
-      const C tile_max = reduce_max(top);
-      const C new_max = tile_max > max[r] ? tile_max : max[r];
-      const C pivot = new_max == -static_cast<C>(INFINITY) ? C(0) : new_max;  // no key yet: not inf - inf
-      alpha[r] = exp2(splat((max[r] - pivot) * c))[0];
+    using namespace pyfuse::cpu::PYFUSE_ISA;
+    V top[MR];
+    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
+      top[r] = load(t.scores + r * BN);
+      PYFUSE_UNROLL for (int j = W; j < BN; j += W)
+        top[r] = PYFUSE_ISA::max(top[r], load(t.scores + r * BN + j));
+    }
+    C pivot[MR], total[MR];
+    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
+      const C tile_max = reduce_max(top[r]), new_max = tile_max > max[r] ? tile_max : max[r];
+      pivot[r] = new_max == -static_cast<C>(INFINITY) ? C(0) : new_max;  // no key yet: not inf - inf
+      alpha[r] = (max[r] - pivot[r]) * c;
       max[r] = new_max;
-      const V shift = splat(-pivot * c);
-      V total{};
+    }
+    for (int r = 0; r < MR; r += W) {
+      const int count = MR - r < W ? MR - r : W;
+      store(alpha + r, exp2_bounded(load(alpha + r, count)), count);
+    }
+    for (int r = 0; r < MR; ++r) {
+      const C* s = t.scores + r * BN;
+      const V shift = splat(-pivot[r] * c);
+      V parts[2] = {};
       PYFUSE_UNROLL for (int j = 0; j < BN; j += W) {
-        const V e = exp2(load(s + j) * c + shift);
-        total += e;
+        const V e = exp2_bounded(load(s + j) * c + shift);
+        parts[j / W % 2] += e;
         Path::put_p(t.probability + r * BN, j, e);
       }
-      sum[r] = sum[r] * alpha[r] + reduce_add(total);
+      total[r] = reduce_add(parts[0] + parts[1]);
     }
+    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) sum[r] = sum[r] * alpha[r] + total[r];
   }
 
   template <int nv>
@@ -158,10 +171,11 @@ template <class T, class Path> class Forward {
   void run_block(const Task& t, const Head& head, int64_t b, int64_t h, int64_t block) const {
     const int64_t first = block * BM;
     const int64_t rows = p.queries - first < BM ? p.queries - first : BM;
-    for (int64_t i = 0; i < rows; i += MR) {
-      const int64_t count = rows - i < MR ? rows - i : MR;
-      Path::pack_q(t.q + i * d_packed, at(p.q, p.q_stride, b, h, first + i), p.q_stride[2], count, p.d);
-    }
+    for (int64_t i = 0; i < rows; ++i)
+      Path::pack_q(t.q + i * d_packed, at(p.q, p.q_stride, b, h, first + i), p.d);
+    // The block of six is always computed whole: rows past the end repeat zeros and are not stored.
+    for (int64_t i = rows; i < BM && i % MR != 0; ++i)
+      memset(t.q + i * d_packed, 0, static_cast<size_t>(d_packed) * sizeof(Packed));
     for (int64_t i = 0; i < BM; ++i) t.max[i] = -static_cast<C>(INFINITY), t.sum[i] = 0;
     memset(t.o, 0, static_cast<size_t>(BM * dv_packed) * sizeof(C));
 

@@ -116,7 +116,7 @@ template <class T> class Decode {
       const V shift = splat(-pivot * c);
       V total{};
       for (int64_t j = 0; j < width; j += W) {
-        const V e = exp2(load(s + j) * c + shift);
+        const V e = exp2_bounded(load(s + j) * c + shift);
         total += e;
         store(s + j, e);
       }

@@ -1,19 +1,16 @@
 // The two products of attention on packed tiles: a block of 6 query rows against 64 or 128 keys.
 //
 // K is packed in panels of NR keys, [D][NR], so that one load serves NR keys and the query element is
-// a broadcast; V keeps its rows, padded to whole vectors. 6 x 4 accumulators of a vector each fill an
-// AVX-512 register file (24 + 4 + 1 of 32), 6 x 2 an AVX2 one (12 + 2 + 1 of 16).
+// a broadcast (tile_product.h); V keeps its rows, padded to whole vectors.
 //
 // Wide<C>: everything in the compute type C. Dot: bf16 pairs for the bf16 dot product, K as
 // [D/2][NR][2], V as [keys/2][Dv][2], P rounded to bf16; products are exact, sums in float.
 #pragma once
+#include "cpu/tile_product.h"
 #include "cpu/transpose.h"
 #include "cpu/vec_math.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
-
-constexpr int MR = 6;                                    // query rows of a block
-constexpr int NV = PYFUSE_VECTOR_BYTES == 64 ? 4 : 2;    // vectors of a panel
 
 // Packs `count` rows of K (row stride in elements) into one panel [length][NR] of E, where a row is
 // read as `length` elements of type E through load_row(row, at, n) -> vector; missing rows are zero.
@@ -70,26 +67,15 @@ template <class C> struct Wide {
     return reduce_add(finite);
   }
 
-  // Six rows of Q, [D][MR]; rows past `count` are zero.
-  template <class T>
-  static void pack_q(Packed* packed, const T* q, int64_t stride, int64_t count, int64_t d) {
-    for (int64_t j = 0; j < d; ++j)
-      for (int r = 0; r < MR; ++r) packed[j * MR + r] = r < count ? to_compute(q[r * stride + j]) : C(0);
+  // One row of Q.
+  template <class T> static void pack_q(Packed* packed, const T* q, int64_t d) {
+    int64_t j = 0;
+    for (; j + W <= d; j += W) store(packed + j, load(q + j));
+    if (j < d) store(packed + j, load(q + j, d - j), d - j);
   }
 
   static void multiply_k(const Packed* q, const Packed* panel, int64_t d, C* s) {
-    V acc[MR][NV] = {};
-    for (int64_t j = 0; j < d; ++j) {
-      V k[NV];
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) k[v] = load(panel + j * NR + v * W);
-      PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-        const V x = splat(q[j * MR + r]);
-        PYFUSE_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] += x * k[v];
-      }
-    }
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) store(s + r * BN + v * W, acc[r][v]);
-    }
+    multiply_panel(q, d, panel, NR, d, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, V x) { store(p + j, x); }
@@ -132,14 +118,14 @@ struct Dot {
   static int64_t packed_length(int64_t d) { return (d + 1) / 2 * 2; }
   static int64_t value_rows(int64_t keys) { return (keys + 1) / 2; }
 
-  static vuint load_pairs(const bf16* p, int64_t n) {
+  static vuint read_pairs(const bf16* p, int64_t n) {
     return (vuint)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
   }
 
   static void pack_k(Packed* panel, const bf16* k, int64_t stride, int64_t count, int64_t d) {
     pack_panel<vuint, uint32_t, W>(
         reinterpret_cast<uint32_t*>(panel), count, (d + 1) / 2, [=](int64_t row, int64_t at, int64_t) {
-          return load_pairs(k + row * stride + 2 * at, d - 2 * at);
+          return read_pairs(k + row * stride + 2 * at, d - 2 * at);
         });
   }
 
@@ -161,36 +147,13 @@ struct Dot {
     return reduce_add(finite);
   }
 
-  static void pack_q(Packed* packed, const bf16* q, int64_t stride, int64_t count, int64_t d) {
-    for (int64_t j = 0; j < d; j += 2)
-      for (int r = 0; r < MR; ++r) {
-        packed[j * MR + 2 * r] = r < count ? q[r * stride + j] : bf16{0};
-        packed[j * MR + 2 * r + 1] = r < count && j + 1 < d ? q[r * stride + j + 1] : bf16{0};
-      }
-  }
-
-  static PYFUSE_INLINE __m512bh broadcast_pair(const bf16* pair) {
-    int32_t bits;
-    memcpy(&bits, pair, 4);
-    return (__m512bh)_mm512_set1_epi32(bits);
-  }
-  static PYFUSE_INLINE __m512bh load_bh(const bf16* p) {
-    return (__m512bh)_mm512_loadu_si512(p);
+  static void pack_q(Packed* packed, const bf16* q, int64_t d) {
+    memcpy(packed, q, static_cast<size_t>(d) * sizeof *q);
+    if (d % 2 != 0) packed[d] = bf16{0};
   }
 
   static void multiply_k(const Packed* q, const Packed* panel, int64_t d, float* s) {
-    __m512 acc[MR][NV] = {};
-    for (int64_t j = 0; j < (d + 1) / 2; ++j) {
-      __m512bh k[NV];
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) k[v] = load_bh(panel + 2 * (j * NR + v * W));
-      PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-        const __m512bh x = broadcast_pair(q + 2 * (j * MR + r));
-        PYFUSE_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], x, k[v]);
-      }
-    }
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) store(s + r * BN + v * W, (vfloat)acc[r][v]);
-    }
+    multiply_pairs(q, packed_length(d), panel, NR, (d + 1) / 2, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, vfloat x) { store(p + j, x); }
@@ -205,7 +168,7 @@ struct Dot {
     }
     for (int64_t n = 0; n < count; n += 2) {
       __m512bh x[nv];
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load_bh(values + n * padded + 2 * v * W);
+      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load_pairs(values + n * padded + 2 * v * W);
       PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
         const __m512bh weight = broadcast_pair(p + r * BN + n);
         PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], weight, x[v]);

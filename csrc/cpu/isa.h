@@ -7,12 +7,16 @@
 
 namespace pyfuse::cpu {
 
+constexpr int packed_linear_panel = 64;  // outputs of a panel of a packed weight, on every machine
+
 // The kernels of one instruction set. Every source in csrc/cpu that CMake compiles per instruction
 // set defines one of these functions in its namespace pyfuse::cpu::<isa>.
 struct Kernels {
   void (*attention)(const AttentionParams&);
   void (*attention_decode)(const AttentionParams&);
   void (*linear)(const LinearParams&);
+  void (*linear_packed)(const LinearParams&);  // w as pack_linear left it
+  void (*pack_linear)(const LinearParams&);    // from w [N, K] to y [N/64][K][64]
   void (*norm)(const NormParams&);
   void (*rope)(const RopeParams&);
 };

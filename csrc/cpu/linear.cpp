@@ -1,62 +1,12 @@
 // y = act(x·wᵀ + bias) · multiply + residual for few rows of x: bound by reading w [N, K], which
-// happens once, as it lies in memory. (For many rows a packed matrix product wins; see pyfuse/linear.py.)
+// happens once, as it lies in memory. For many rows see linear_packed.cpp.
+#include "cpu/linear_finish.h"
 #include "cpu/parallel.h"
-#include "cpu/transpose.h"
-#include "cpu/vec_math.h"
-#include "cpu/isa.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
 constexpr int64_t SERIAL_BYTES = 128 * 1024;  // of w: below this one thread is done before two have woken
-
-PYFUSE_INLINE vfloat polynomial(vfloat x, const float* c, int degree) {
-  vfloat p = splat(c[0]);
-  PYFUSE_UNROLL for (int i = 1; i <= degree; ++i) p = c[i] + x * p;
-  return p;
-}
-
-// GELU, x·Φ(x) = x/2·erfc(-x/√2). The tail is computed as erfc(t) = exp(-t²)/t·P(1/t²), never as
-// 1 - erf, which would lose it; below t = 1 erf is t·T(t²). Coefficients: S. Moshier, Cephes, ndtrf.
-PYFUSE_INLINE vfloat gelu(vfloat x) {
-  static const float near_zero[] = {7.853861353153693e-5f,  -8.010193625184903e-4f,
-                                    5.188327685732524e-3f,  -2.685381193529856e-2f,
-                                    1.128358514861418e-1f,  -3.761262582423300e-1f,
-                                    1.128379165726710e+0f};
-  static const float middle[] = {2.326819970068386e-2f,  -1.387039388740657e-1f,
-                                 3.687424674597105e-1f,  -5.824733027278666e-1f,
-                                 6.210004621745983e-1f,  -4.944515323274145e-1f,
-                                 3.404879937665872e-1f,  -2.741127028184656e-1f,
-                                 5.638259427386472e-1f};
-  static const float far[] = {-1.047766399936249e+1f, 1.297719955372516e+1f,
-                              -7.495518717768503e+0f, 2.921019019210786e+0f,
-                              -1.015265279202700e+0f, 4.218463358204948e-1f,
-                              -2.820767439740514e-1f, 5.641895067754075e-1f};
-  const vfloat t = (x < 0.f ? -x : x) * 0.70710678f, square = t * t;
-  const vfloat inverse = 1.f / (t < 1.f ? splat(1.f) : t), y = inverse * inverse;
-  const vfloat tail =
-      exp(-square) * inverse * (t < 2.f ? polynomial(y, middle, 8) : polynomial(y, far, 7));
-  const vfloat erf = t * polynomial(square, near_zero, 6);
-  const vfloat erfc = t < 1.f ? (x < 0.f ? 1.f - erf : 1.f + erf) : (x < 0.f ? tail : 2.f - tail);
-  return 0.5f * x * erfc;
-}
-PYFUSE_INLINE vdouble gelu(vdouble x) {
-  PYFUSE_UNROLL for (int i = 0; i < Vec<double>::width; ++i)
-    x[i] = 0.5 * x[i] * ::erfc(-x[i] * 0.70710678118654752440);
-  return x;
-}
-
-template <class C, class V> PYFUSE_INLINE V activate(Activation activation, V x) {
-  switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return x < C(0) ? V{} : x;  // NaN stays NaN
-    case Activation::silu: return x / (C(1) + exp(-x));
-    case Activation::gelu: return gelu(x);
-    case Activation::gelu_tanh:  // x/2·(1 + tanh u) = x / (1 + e^-2u), which keeps the tail's digits
-      return x / (C(1) + exp(C(-1.5957691216057307118) * (x + C(0.044715) * x * x * x)));
-  }
-  return x;
-}
 
 // One dot product step: acc += x·w over a vector of w.
 template <class T> struct Step {
@@ -121,22 +71,6 @@ template <class T> class Linear {
       for (int i = 0; i < STREAMS; ++i) sums[r][i] = reduce_add(acc[r][i]);
   }
 
-  V read(const void* base, int64_t at, int64_t count) const {
-    const T* from = static_cast<const T*>(base) + at;
-    return count == W ? load(from) : load(from, count);
-  }
-
-  void finish(int64_t row, int64_t n, const C* sums) const {
-    const int64_t count = p.n - n < W ? p.n - n : W;
-    V y = load(sums);
-    if (p.bias != nullptr) y += read(p.bias, n, count);
-    y = activate<C>(p.activation, y);
-    if (p.multiply != nullptr) y *= read(p.multiply, row * p.multiply_stride + n, count);
-    if (p.residual != nullptr) y += read(p.residual, row * p.residual_stride + n, count);
-    T* out = static_cast<T*>(p.y) + row * p.y_stride + n;
-    count == W ? store(out, y) : store(out, y, count);
-  }
-
   template <int R> void run_rows(int64_t row, int64_t n) const {
     C sums[R][GROUP];
     for (int i = 0; i < GROUP; i += STREAMS) {
@@ -145,7 +79,7 @@ template <class T> class Linear {
       for (int r = 0; r < R; ++r)
         for (int j = 0; j < STREAMS; ++j) sums[r][i + j] = part[r][j];
     }
-    for (int r = 0; r < R; ++r) finish(row + r, n, sums[r]);
+    for (int r = 0; r < R; ++r) finish_outputs<T>(p, row + r, n, sums[r], GROUP);
   }
 
  public:

@@ -72,19 +72,19 @@ PYFUSE_INLINE vdouble swap_neighbours(vdouble v) {
 // x[i] with x[i + half]. x and y may be the same: both of a pair are read before either is written.
 template <class T>
 PYFUSE_INLINE void rotate_halves(const T* x, T* y, int64_t half, int64_t pairs,
-                                 const Angles<compute_t<T>>& angles) {
+                                 const compute_t<T>* cos, const compute_t<T>* sin) {
   constexpr int64_t w = width<T>;
   int64_t i = 0;
   for (; i + w <= pairs; i += w) {
     const vec_t<T> x1 = load(x + i), x2 = load(x + half + i);
-    const vec_t<T> c = load(angles.cos + i), s = load(angles.sin + i);
+    const vec_t<T> c = load(cos + i), s = load(sin + i);
     store(y + i, x1 * c - x2 * s);
     store(y + half + i, x2 * c + x1 * s);
   }
   const int64_t rest = pairs - i;
   if (rest > 0) {
     const vec_t<T> x1 = load(x + i, rest), x2 = load(x + half + i, rest);
-    const vec_t<T> c = load(angles.cos + i, rest), s = load(angles.sin + i, rest);
+    const vec_t<T> c = load(cos + i, rest), s = load(sin + i, rest);
     store(y + i, x1 * c - x2 * s, rest);
     store(y + half + i, x2 * c + x1 * s, rest);
   }
@@ -92,19 +92,19 @@ PYFUSE_INLINE void rotate_halves(const T* x, T* y, int64_t half, int64_t pairs,
 
 // x[2i] with x[2i + 1].
 template <class T>
-PYFUSE_INLINE void rotate_neighbours(const T* x, T* y, int64_t pairs,
-                                     const Angles<compute_t<T>>& angles) {
+PYFUSE_INLINE void rotate_neighbours(const T* x, T* y, int64_t pairs, const compute_t<T>* cos,
+                                     const compute_t<T>* sin) {
   constexpr int64_t w = width<T>;
   const int64_t n = 2 * pairs;
   int64_t i = 0;
   for (; i + w <= n; i += w) {
     const vec_t<T> v = load(x + i);
-    store(y + i, v * load(angles.cos + i) + swap_neighbours(v) * load(angles.sin + i));
+    store(y + i, v * load(cos + i) + swap_neighbours(v) * load(sin + i));
   }
   const int64_t rest = n - i;
   if (rest > 0) {
     const vec_t<T> v = load(x + i, rest);
-    const vec_t<T> c = load(angles.cos + i, rest), s = load(angles.sin + i, rest);
+    const vec_t<T> c = load(cos + i, rest), s = load(sin + i, rest);
     store(y + i, v * c + swap_neighbours(v) * s, rest);
   }
 }
@@ -128,6 +128,19 @@ PYFUSE_INLINE Token<T, S> find_token(const RopeParams& p, int64_t index) {
           static_cast<const S*>(p.cos) + row, static_cast<const S*>(p.sin) + row};
 }
 
+// visit(token, head) for all heads of `count` tokens, in the order in which x lies in memory: any
+// other meets the caches' sets and the prefetchers at their worst.
+template <class Visit>
+PYFUSE_INLINE void in_memory_order(const RopeParams& p, int64_t count, const Visit& visit) {
+  if (p.x_stride[1] > p.x_stride[2]) {
+    for (int64_t h = 0; h < p.heads; ++h)
+      for (int64_t t = 0; t < count; ++t) visit(t, h);
+  } else {
+    for (int64_t t = 0; t < count; ++t)
+      for (int64_t h = 0; h < p.heads; ++h) visit(t, h);
+  }
+}
+
 template <class T, class S, bool interleaved>
 void rotate_tile(const RopeParams& p, int64_t first_token, int64_t count) {
   const int64_t half = p.r / 2;
@@ -139,34 +152,30 @@ void rotate_tile(const RopeParams& p, int64_t first_token, int64_t count) {
     for (int64_t t = 0; t < count; ++t)
       use_or_read_angles<interleaved>(tokens[t].cos + first, tokens[t].sin + first, pairs,
                                       angles[t]);
-    for (int64_t h = 0; h < p.heads; ++h)
-      for (int64_t t = 0; t < count; ++t) {
-        const T* from = tokens[t].x + h * p.x_stride[1];
-        T* to = tokens[t].y + h * p.y_stride[1];
-        if constexpr (interleaved)
-          rotate_neighbours(from + 2 * first, to + 2 * first, pairs, angles[t]);
-        else
-          rotate_halves(from + first, to + first, half, pairs, angles[t]);
-      }
+    in_memory_order(p, count, [&](int64_t t, int64_t h) {
+      const T* from = tokens[t].x + h * p.x_stride[1];
+      T* to = tokens[t].y + h * p.y_stride[1];
+      if constexpr (interleaved)
+        rotate_neighbours(from + 2 * first, to + 2 * first, pairs, angles[t].cos, angles[t].sin);
+      else
+        rotate_halves(from + first, to + first, half, pairs, angles[t].cos, angles[t].sin);
+    });
   }
-  if (p.r == p.d || p.x == p.y) return;
-  for (int64_t h = 0; h < p.heads; ++h)
-    for (int64_t t = 0; t < count; ++t)
+  if (p.r < p.d && p.x != p.y)
+    in_memory_order(p, count, [&](int64_t t, int64_t h) {
       memcpy(tokens[t].y + h * p.y_stride[1] + p.r, tokens[t].x + h * p.x_stride[1] + p.r,
              static_cast<size_t>(p.d - p.r) * sizeof(T));
+    });
 }
 
 template <class T, class S, bool interleaved>
 void rope_tokens(const RopeParams& p) {
   const int64_t tokens = p.batch * p.rows;
-  // Where a head's tokens lie together, go through a tile of them head by head: stepping from head
-  // to head at every token would meet the caches' sets and the prefetchers at their worst.
-  const int64_t step = p.x_stride[1] > p.x_stride[2] ? tile : 1;
   const int64_t block = tile * (block_elements / (tile * p.heads * p.d) + 1);
   parallel_for((tokens + block - 1) / block, p.threads, [&](int64_t task, int) {
     const int64_t end = (task + 1) * block < tokens ? (task + 1) * block : tokens;
-    for (int64_t t = task * block; t < end; t += step)
-      rotate_tile<T, S, interleaved>(p, t, end - t < step ? end - t : step);
+    for (int64_t t = task * block; t < end; t += tile)
+      rotate_tile<T, S, interleaved>(p, t, end - t < tile ? end - t : tile);
   });
 }
 

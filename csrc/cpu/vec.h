@@ -73,9 +73,10 @@ using vec_t = typename Vec<compute_t<T>>::type;
 template <class T>
 constexpr int width = Vec<compute_t<T>>::width;
 
+// x - 0 is x for every x; x + 0 is not (-0), and would cost an addition each time.
 template <class C>
 PYFUSE_INLINE typename Vec<C>::type splat(C x) {
-  return typename Vec<C>::type{} + x;
+  return x - typename Vec<C>::type{};
 }
 template <class V>
 PYFUSE_INLINE V max(V a, V b) {

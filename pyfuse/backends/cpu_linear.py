@@ -1,4 +1,8 @@
-"""y = act(x·Wᵀ + b) · multiply + residual for few rows, on the CPU kernel that reads W once as it lies."""
+"""y = act(x·Wᵀ + b) · multiply + residual on the CPU: one kernel for few rows, one for many.
+
+``RowsWeight`` multiplies by W as it lies in memory, reading it once; ``PackedWeight`` by a copy of W laid out for
+register tiles. Both fuse all that follows the product into its last step.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,8 @@ from pyfuse.backends.cpu_module import DTYPE, module, why_unavailable
 ACTIVATION: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 
 
-def why_not_linear_rows(weight: Tensor) -> str | None:
-    """Why the kernel cannot multiply by this weight [N, K]; None if it can."""
+def why_not_linear(weight: Tensor) -> str | None:
+    """Why these kernels cannot multiply by this weight [N, K]; None if they can."""
     reason = why_unavailable()
     if reason is not None:
         return reason
@@ -23,29 +27,64 @@ def why_not_linear_rows(weight: Tensor) -> str | None:
     return None
 
 
-def linear_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None = None,
-    multiply: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """x [..., K], weight [N, K] with unit last stride; multiply and residual [..., N]; all of one dtype."""
+class RowsWeight:
+    """W [N, K] (unit last stride) for few rows of x. Holds W; copies nothing."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        if weight.stride(1) != 1:
+            raise ValueError(f"weight: got strides {weight.stride()}, needs a unit last stride")
+        self._launch = module().linear
+        self._hold(weight, weight.data_ptr(), weight.stride(0), bias)
+        self._weight = weight
+
+    def _hold(self, weight: Tensor, address: int, stride: int, bias: Tensor | None) -> None:
+        self.n, self.k = weight.shape
+        self._bias = bias  # keeps its memory alive
+        self._w = (address, stride, 0 if bias is None else bias.data_ptr())
+        self._dtype = DTYPE[weight.dtype]
+
+    def __call__(
+        self,
+        x: Tensor,
+        activation: str | None = None,
+        multiply: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x [..., K]; multiply and residual [..., N]; all of W's dtype."""
+        n, k = self.n, self.k
+        y = x.new_empty((*x.shape[:-1], n))
+        if not x.is_contiguous():
+            x = x.contiguous()
+        if multiply is not None:
+            multiply = multiply.expand(y.shape).contiguous()
+        if residual is not None:
+            residual = residual.expand(y.shape).contiguous()
+        self._launch(
+            x.data_ptr(), k, *self._w, y.data_ptr(), n, y.numel() // n if n else 0, n, k, self._dtype,
+            ACTIVATION[activation], 0 if multiply is None else multiply.data_ptr(), n,
+            0 if residual is None else residual.data_ptr(), n, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+class PackedWeight(RowsWeight):
+    """A packed copy of W [N, K] for many rows of x."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._launch = module().linear_packed
+        self.packed = pack(weight)
+        self._hold(weight, self.packed.data_ptr(), 0, bias)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """W [N, K] in panels of 64 outputs, one flat tensor; the layout is that of csrc/cpu/linear_packed.cpp."""
     n, k = weight.shape
-    y = x.new_empty((*x.shape[:-1], n))
-    rows = x.reshape(-1, k)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    if multiply is not None:
-        multiply = multiply.reshape(-1, n).contiguous()
-    if residual is not None:
-        residual = residual.reshape(-1, n).contiguous()
-    module().linear(
-        rows.data_ptr(), rows.stride(0), weight.data_ptr(), weight.stride(0),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), n, rows.shape[0], n, k,
-        DTYPE[x.dtype], ACTIVATION[activation],
-        0 if multiply is None else multiply.data_ptr(), n,
-        0 if residual is None else residual.data_ptr(), n, torch.get_num_threads(),
+    panel = module().packed_linear_panel
+    length = k + k % 2 if weight.dtype == torch.bfloat16 else k
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    packed = weight.new_empty(-(-n // panel) * panel * length)
+    module().pack_linear(
+        weight.data_ptr(), weight.stride(0), packed.data_ptr(), n, k, DTYPE[weight.dtype],
+        torch.get_num_threads(),
     )  # fmt: skip
-    return y
+    return packed

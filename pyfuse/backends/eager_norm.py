@@ -31,7 +31,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def add_residual(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
-    """z = dropout(x) + residual, summed in float32 or wider and rounded once, in the residual's dtype.
+    """z = dropout(x) + residual in the residual's dtype, summed in float32 or wider, rounded once.
 
     The norm reads z as rounded, as it does where a model adds and normalises in two steps.
     """

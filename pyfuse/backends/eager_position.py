@@ -1,4 +1,4 @@
-"""Rotary embedding, sinusoids and the embedding sum in plain torch: the oracle, and the gradient."""
+"""Rotary embedding, sinusoids, the embedding sum in plain torch: the oracle and the gradient."""
 
 from __future__ import annotations
 
