@@ -127,16 +127,27 @@ def formula_reason(tensors: tuple[Any, ...], options: dict[str, Any]) -> str | N
     return None
 
 
-def _objection(name: str, op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> str | None:
+@lru_cache(maxsize=None)
+def _offer(name: str, op: str) -> Impl | str:
+    """What the backend ``name`` has for ``op``, or the reason why it never runs it on this machine."""
     reason = _unavailable(name)
     if reason is not None:
         return reason
     impl: Impl | None = load(name).OPS.get(op)
-    if impl is None:
-        return f"does not implement {op}"
-    if name != "eager":
-        reason = formula_reason(tensors, options)
-    return reason if reason is not None else impl.why_not(*tensors, **options)
+    return f"does not implement {op}" if impl is None else impl
+
+
+def _ask(
+    name: str, op: str, tensors: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[Impl | None, str | None]:
+    """(the implementation, None) if this backend runs the call, else (None, its reason)."""
+    offer = _offer(name, op)
+    if isinstance(offer, str):
+        return None, offer
+    reason = None if name == "eager" else formula_reason(tensors, options)
+    if reason is None:
+        reason = offer.why_not(*tensors, **options)
+    return (offer, None) if reason is None else (None, reason)
 
 
 def choose(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Impl:
@@ -144,9 +155,8 @@ def choose(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: 
     named = _name_of(backend)
     reasons = []
     for name in BACKENDS if named is None else (named,):
-        reason = _objection(name, op, tensors, options)
-        if reason is None:
-            impl: Impl = load(name).OPS[op]
+        impl, reason = _ask(name, op, tensors, options)
+        if impl is not None:
             return impl
         reasons.append(f"\n  {name}: {reason}")
     raise NotImplementedError(f"no backend can run {op}:{''.join(reasons)}")
@@ -156,18 +166,20 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def _plain(tensors: tuple[Any, ...]) -> bool:
-    """No tensor subclass (FakeTensor, DTensor, ...) and no dispatch mode: memory can be handed to a kernel."""
+    """No tensor subclass (FakeTensor, DTensor, ...), no lazy negation (``x.imag`` of a conjugate) and no dispatch
+    mode: memory can be handed to a kernel as it is."""
     for t in tensors:
-        if t is not None and type(t) not in _PLAIN:
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return False
     return torch._C._len_torch_dispatch_stack() == 0
 
 
 def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Any:
     """Run a checked call of ``op``: straight to a backend, or as a torch.library operator in a graph."""
-    if not torch.compiler.is_compiling() and _explaining.get():
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _explaining.get():
         raise _Explained(_ask_all(op, tensors, options, backend))
-    if torch.compiler.is_compiling() or not _plain(tensors):
+    if compiling or not _plain(tensors):
         from pyfuse.ops import _library
 
         # use_backend() is a context variable, which a graph cannot read: the operator asks it when it runs.
@@ -193,7 +205,7 @@ def _ask_all(
     named = _name_of(backend)
     candidates = []
     for name in BACKENDS if named is None else (named,):
-        reason = _objection(name, op, tensors, options)
+        _, reason = _ask(name, op, tensors, options)
         candidates.append(Candidate(name, reason))
         if reason is None:
             break

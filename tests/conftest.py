@@ -38,17 +38,18 @@ def _targets() -> list[Target]:
     return targets
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "target" in metafunc.fixturenames:
-        targets = _targets()
-        none = pytest.param(None, marks=pytest.mark.skip("no backend but eager can run here"))
-        metafunc.parametrize("target", targets or [none], ids=str, indirect=True)
-    if "backend" in metafunc.fixturenames and "target" not in metafunc.fixturenames:
-        names = [name for name, reason in dispatch.backend_status().items() if reason is None]
-        metafunc.parametrize("backend", names)
+_NONE = pytest.param(None, marks=pytest.mark.skip("no backend but eager can run here"))
+_RUNNING = [name for name, reason in dispatch.backend_status().items() if reason is None]
 
 
-@pytest.fixture
+@pytest.fixture(params=_RUNNING)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend that can run here, eager among them."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=_targets() or [_NONE], ids=str)
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Each backend but eager (and each ISA), selected for the time of the test."""
     chosen: Target = request.param
@@ -67,7 +68,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty and its like give NaN (integers: their maximum), so that what stays unwritten shows."""
+    """torch.empty and its like give NaN (integers: their maximum): what stays unwritten shows."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

@@ -115,6 +115,15 @@ def test_kernels_refuse_null_pointers() -> None:
         module().linear(0, 8, 1, 8, 0, 1, 8, 1, 8, 8, 0, 0, 0, 0, 0, 0, 1)
 
 
+def test_lazily_negated_tensors_are_read_with_their_sign() -> None:
+    lazy = torch._neg_view(Q)  # as in x.conj().imag, but with a unit stride
+    assert lazy.is_neg()
+    exact = pyfuse.attention(lazy.clone(), Q, Q)
+    torch.testing.assert_close(pyfuse.attention(lazy, Q, Q), exact)
+    with torch.no_grad():
+        torch.testing.assert_close(pyfuse.layer_norm(lazy), pyfuse.layer_norm(lazy.clone()))
+
+
 def test_import_is_light() -> None:
     """accelerate() alone needs transformers: importing pyfuse must not."""
     code = "import sys, pyfuse; print([m for m in ('transformers', 'rich', 'triton.language') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""varlen_attention and decode_attention on every backend that has them, held to eager in float64."""
+"""varlen_attention and decode_attention on every backend, held to eager in float64."""
 
 from __future__ import annotations
 

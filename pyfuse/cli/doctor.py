@@ -35,8 +35,6 @@ OPTIONAL_PACKAGES = {
     "triton": "Triton kernels for GPUs",
 }
 
-REBUILD = "install a C++17 compiler and run: pip install --force-reinstall --no-deps pyfuse"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -116,7 +114,7 @@ def _backends() -> Iterator[Finding]:
     for name, reason in status.items():
         warning = None
         if name == "cpu" and reason is not None:
-            warning = f"{reason}: models are not accelerated on the CPU; {REBUILD}"
+            warning = f"{reason}. Until then plain torch runs every operation, at its own speed"
         yield Finding("backends", name, "can run" if reason is None else f"no: {reason}", warning)
     if status.get("cpu", "absent") is None:
         cpu = dispatch.load("cpu")

@@ -76,6 +76,7 @@ def _define(op: str) -> None:
 
     def kernel(*tensors: torch.Tensor | None, backend: str | None, **options: Any) -> list[torch.Tensor]:
         assert len(tensors) == tensor_count
+        tensors = tuple(None if t is None else t.resolve_neg() for t in tensors)
         result = dispatch.choose(op, tensors, options, backend).fn(*tensors, **options)
         return [result] if isinstance(result, torch.Tensor) else list(result)
 

@@ -26,7 +26,7 @@ def embed(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """e = dropout(norm(scale · weight[token] + position_weight[position] + segment_weight[segment])).
+    """e = dropout(norm(scale · weight[token] + position row + segment row)).
 
     token_ids [..., T] (int64 or int32); weight [V, D], floating point. Returns [..., T, D] in
       weight's dtype; everything in float32 (float64 for float64), rounded once.

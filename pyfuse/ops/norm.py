@@ -119,8 +119,9 @@ def rms_norm(
     residual, prenorm, dropout_p, z and the errors are as in `layer_norm`; n is float32 (float64 for
     float64). casting says where n is rounded, which differs between models:
 
-      "llama": y = weight · n.to(x.dtype), in the dtype to which torch promotes weight and x: float32
-        for a float32 weight and a bfloat16 x. Hugging Face's LlamaRMSNorm, T5LayerNorm and most.
+      "llama": y = weight · n.to(x.dtype), in the dtype to which torch promotes weight and x:
+        float32 for a float32 weight and a bfloat16 x. Hugging Face's LlamaRMSNorm, T5LayerNorm and
+        most others.
       "gemma": y = ((1 + weight) · n).to(x.dtype). GemmaRMSNorm.
       "torch": y = (weight · n).to(x.dtype). torch.nn.RMSNorm.
     """

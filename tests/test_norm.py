@@ -1,0 +1,438 @@
+"""LayerNorm and RMSNorm: every kernel against eager, eager against torch and Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import Target
+from numerics import assert_bitwise_equal, check
+from oracle import philox_word
+from torch import Tensor
+
+import pyfuse
+from pyfuse.backends import cpu_module, eager_norm
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+SIZES = [1, 3, 15, 16, 17, 63, 65, 111, 197, 576, 768, 4097]
+KINDS = ["layer_norm", "no_bias", "only_bias", "no_weight", "llama", "gemma", "torch", "rms_plain"]
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+def norm(kind: str, x: Tensor, w: Tensor, b: Tensor, **options: Any) -> Any:
+    if kind in ("llama", "gemma", "torch", "rms_plain"):
+        casting = "llama" if kind == "rms_plain" else kind
+        weight = None if kind == "rms_plain" else w
+        return pyfuse.rms_norm(x, weight, casting=casting, **options)
+    weight = w if kind in ("layer_norm", "no_bias") else None
+    bias = b if kind in ("layer_norm", "only_bias") else None
+    return pyfuse.layer_norm(x, weight, bias, **options)
+
+
+def inputs(
+    rows: int, d: int, dtype: torch.dtype, weight_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, residual, weight, bias; x's mean is not 0, so that forgetting it shows."""
+    x, residual = torch.randn(rows, d) + 0.5, torch.randn(rows, d)
+    w, b = torch.randn(d) + 1, torch.randn(d)
+    wide = weight_dtype or dtype
+    return x.to(dtype), residual.to(dtype), w.to(wide), b.to(wide)
+
+
+def check_norm(kind: str, target: Target, x: Tensor, w: Tensor, b: Tensor, name: str) -> None:
+    actual = norm(kind, x, w, b, backend=target.backend)
+    eager = norm(kind, x, w, b, backend="eager")
+    exact = norm(kind, x.double(), w.double(), b.double(), backend="eager")
+    check(actual, exact, eager, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernel(kind: str, dtype: torch.dtype, target: Target) -> None:
+    for d in SIZES:
+        x, _, w, b = inputs(5, d, dtype)
+        check_norm(kind, target, x, w, b, f"{kind} of {d}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernel_with_residual(kind: str, dtype: torch.dtype, target: Target) -> None:
+    for d in SIZES:
+        x, residual, w, b = inputs(5, d, dtype)
+        y, z = norm(kind, x, w, b, residual=residual, prenorm=True, backend=target.backend)
+        assert_bitwise_equal(z, x + residual, f"z of {d}")
+        only_y = norm(kind, x, w, b, residual=residual, backend=target.backend)
+        assert_bitwise_equal(only_y, y, f"y without z of {d}")
+        assert_bitwise_equal(y, norm(kind, z, w, b, backend=target.backend), f"norm of z, {d}")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["layer_norm", "only_bias", "gemma", "torch"])
+def test_kernel_with_float32_weights(kind: str, dtype: torch.dtype, target: Target) -> None:
+    for d in SIZES:
+        x, _, w, b = inputs(5, d, dtype, torch.float32)
+        check_norm(kind, target, x, w, b, f"{kind} of {d}")
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "torch"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_casting_rounds_where_the_model_does(kind: str, dtype: torch.dtype, target: Target) -> None:
+    # Rounding n once too often or too rarely is within the accuracy rule, but not the same numbers.
+    x, _, w, b = inputs(40, 768, dtype)
+    same = norm(kind, x, w, b, backend=target.backend) == norm(kind, x, w, b, backend="eager")
+    assert same.double().mean().item() > 0.995
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "llama"])
+def test_large_mean_does_not_cancel(kind: str, target: Target) -> None:
+    for d in (65, 768):
+        # Many rows: each one's error is that of rounding its mean, which is luck.
+        x, _, w, b = inputs(200, d, torch.float32)
+        check_norm(kind, target, x + 1e4, w, b, f"{kind} of {d}")
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_and_neighbours_change_no_bit(
+    kind: str, dtype: torch.dtype, target: Target
+) -> None:
+    x, residual, w, b = inputs(203, 577, dtype)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                norm(kind, x, w, b, residual=residual, prenorm=True, backend=target.backend)
+            )
+    finally:
+        torch.set_num_threads(before)
+    for y, z in results[1:]:
+        assert_bitwise_equal(y, results[0][0], "y")
+        assert_bitwise_equal(z, results[0][1], "z")
+    for row in (0, 1, 202):
+        part = slice(row, row + 1)
+        alone = norm(kind, x[part], w, b, residual=residual[part], backend=target.backend)
+        assert_bitwise_equal(alone, results[0][0][part], f"row {row} alone")
+
+
+STRIDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda t: torch.cat((t, t), -1)[..., : t.shape[-1]],
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "every_second": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strides(layout: str, target: Target) -> None:
+    x, residual = torch.randn(3, 5, 65), torch.randn(3, 5, 65)
+    w, b = torch.randn(130)[::2], torch.randn(65)
+    expected_y, expected_z = norm(
+        "layer_norm", x, w, b, residual=residual, prenorm=True, backend=target.backend
+    )
+    strided = STRIDED[layout](x)
+    assert not strided.is_contiguous() and torch.equal(strided, x)
+    for r in (residual, STRIDED[layout](residual)):
+        y, z = norm("layer_norm", strided, w, b, residual=r, prenorm=True, backend=target.backend)
+        assert torch.equal(y, expected_y) and torch.equal(z, expected_z)
+        assert y.stride() == torch.empty_like(strided).stride()
+        assert z.stride() == torch.empty_like(r).stride()
+    one_row = residual[:1, :1].expand(3, 5, 65)
+    y = norm("layer_norm", x, w, b, residual=one_row, backend=target.backend)
+    assert torch.equal(y, norm("layer_norm", x, w, b, residual=one_row.contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (7,), (1, 1, 1, 7)])
+def test_any_leading_shape(shape: tuple[int, ...], backend: str) -> None:
+    x = torch.randn(shape)
+    w, b = torch.randn(7), torch.randn(7)
+    y, z = pyfuse.layer_norm(x, w, b, residual=x, prenorm=True, backend=backend)
+    assert y.shape == z.shape == x.shape
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x + x, (7,), w, b))
+
+
+def test_nan_and_infinity_stay_in_their_row(target: Target) -> None:
+    x, _, w, b = inputs(5, 67, torch.float32)
+    clean = {kind: norm(kind, x, w, b, backend=target.backend) for kind in ("layer_norm", "llama")}
+    x[1, 66], x[3, 0] = float("nan"), float("inf")
+    for kind, expected in clean.items():
+        y = norm(kind, x, w, b, backend=target.backend)
+        assert torch.equal(y[::2], expected[::2])
+        assert y[1].isnan().all() and y[3, 0].isnan()
+
+
+def test_prenorm_without_residual_returns_x_itself(backend: str) -> None:
+    x = torch.randn(3, 8)
+    y, z = pyfuse.layer_norm(x, prenorm=True, backend=backend)
+    assert z is x and torch.equal(y, pyfuse.layer_norm(x, backend=backend))
+    y, z = pyfuse.rms_norm(x, prenorm=True, backend=backend)
+    assert z is x and torch.equal(y, pyfuse.rms_norm(x, backend=backend))
+
+
+def test_wider_residual_stays_wide() -> None:
+    x, _, w, b = inputs(5, 65, torch.bfloat16)
+    residual = torch.randn(5, 65)
+    y, z = pyfuse.layer_norm(x, w, b, residual=residual, prenorm=True)
+    assert z.dtype == torch.float32 and torch.equal(z, x.float() + residual)
+    assert y.dtype == torch.bfloat16
+    expected = torch.nn.functional.layer_norm(z, (65,), w.float(), b.float())
+    assert torch.equal(y, expected.bfloat16())
+    y, _ = pyfuse.rms_norm(x, w, residual=residual, prenorm=True)
+    assert y.dtype == torch.bfloat16
+
+
+# ---- the same as the modules it stands in for ---------------------------------------------------
+
+
+def peer(name: str) -> tuple[torch.nn.Module, Callable[..., Tensor]]:
+    """A module of 197 features with random parameters, and pyfuse's call for it."""
+    if name in ("LayerNorm", "RMSNorm"):
+        module = getattr(torch.nn, name)(197, eps=1e-5)
+    elif name == "LlamaRMSNorm":
+        from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+        module = LlamaRMSNorm(197, eps=1e-5)
+    elif name == "GemmaRMSNorm":
+        from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+        module = GemmaRMSNorm(197)
+    else:
+        from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+        module = T5LayerNorm(197)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def ours(x: Tensor, **options: Any) -> Tensor:
+        if name == "LayerNorm":
+            y = pyfuse.layer_norm(x, module.weight, module.bias, module.eps, **options)
+        elif name == "RMSNorm":
+            y = pyfuse.rms_norm(x, module.weight, module.eps, casting="torch", **options)
+        else:
+            eps = getattr(module, "variance_epsilon", None) or module.eps
+            casting = "gemma" if name == "GemmaRMSNorm" else "llama"
+            y = pyfuse.rms_norm(x, module.weight, eps, casting=casting, **options)
+        return y
+
+    return module, ours
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["LayerNorm", "RMSNorm", "LlamaRMSNorm", "GemmaRMSNorm", "T5LayerNorm"]
+)
+@torch.no_grad()
+def test_equals_module(name: str, dtype: torch.dtype) -> None:
+    module, ours = peer(name)
+    x = torch.randn(4, 9, 197).to(dtype)
+    module.to(dtype)
+    expected = module(x)
+    module.double()  # `ours` reads the module's parameters as they are
+    exact = ours(x.double(), backend="eager")
+    module.to(dtype)
+    eager = ours(x, backend="eager")
+    if name in ("LlamaRMSNorm", "GemmaRMSNorm", "T5LayerNorm"):
+        assert_bitwise_equal(eager, expected, name)
+    else:
+        torch.testing.assert_close(eager, expected)
+    check(ours(x), exact, expected, name)
+
+
+@torch.no_grad()
+def test_llama_casting_with_float32_weight_gives_float32(backend: str) -> None:
+    module, ours = peer("LlamaRMSNorm")
+    x = torch.randn(5, 197).bfloat16()
+    if backend == "cpu":
+        with pytest.raises(NotImplementedError, match="changes the dtype"):
+            ours(x, backend=backend)
+    elif backend == "eager":
+        assert_bitwise_equal(ours(x, backend=backend), module(x), "float32 weight")
+    assert ours(x).dtype == torch.float32
+
+
+# ---- dropout ------------------------------------------------------------------------------------
+
+
+def test_dropout_mask_is_counted_by_row_and_column() -> None:
+    seed = torch.tensor([7, 3])
+    x = torch.ones(2, 3, 5, dtype=torch.float64)
+    y, z = eager_norm.layer_norm(x, prenorm=True, dropout_p=0.3, dropout_seed=seed)
+    threshold = -(-3 * 2**24 // 10)  # ceil(0.3 · 2^24)
+    for row in range(6):
+        for column in range(5):
+            kept = philox_word((0, 0, row, column), (7, 3)) >> 8 >= threshold
+            assert z.view(6, 5)[row, column].item() == pytest.approx(1 / 0.7 if kept else 0.0)
+    assert_bitwise_equal(y, eager_norm.layer_norm(z), "norm of z")
+
+
+@pytest.mark.parametrize("function", [pyfuse.layer_norm, pyfuse.rms_norm])
+def test_dropout_draws_from_the_default_generator(function: Callable[..., Any]) -> None:
+    x, residual = torch.ones(64, 128), torch.full((64, 128), 2.0)
+
+    def run() -> Tensor:
+        _, z = function(x, residual=residual, prenorm=True, dropout_p=0.25)
+        return z
+
+    torch.manual_seed(1)
+    first, second = run(), run()
+    torch.manual_seed(1)
+    assert torch.equal(run(), first) and not torch.equal(first, second)
+    assert first.unique().tolist() == pytest.approx([2.0, 2.0 + 1 / 0.75])
+    assert (first == 2.0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_cpu_kernels_refuse_dropout(target: Target) -> None:
+    x = torch.randn(3, 8)
+    if target.backend == "cpu":
+        with pytest.raises(NotImplementedError, match="no dropout yet"):
+            pyfuse.layer_norm(x, dropout_p=0.1, backend="cpu")
+
+
+# ---- derivatives and transforms -----------------------------------------------------------------
+
+CALCULUS: dict[str, Callable[..., Any]] = {
+    "layer_norm": lambda x, r, w, b: pyfuse.layer_norm(x, w, b, residual=r, prenorm=True),
+    "plain": lambda x, r, w, b: pyfuse.layer_norm(x) + pyfuse.rms_norm(r),
+    "llama": lambda x, r, w, b: pyfuse.rms_norm(x, w, residual=r, prenorm=True),
+    "gemma": lambda x, r, w, b: pyfuse.rms_norm(x, w, residual=r, casting="gemma"),
+    "torch": lambda x, r, w, b: pyfuse.rms_norm(x, b, casting="torch"),
+    "dropout": lambda x, r, w, b: eager_norm.layer_norm(
+        x, w, b, residual=r, dropout_p=0.4, dropout_seed=torch.tensor([1, 2])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALCULUS)
+def test_derivatives(name: str) -> None:
+    point = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 5), (3, 5), (5,), (5,))]
+    for tensor in point:
+        tensor.requires_grad_()
+    torch.autograd.gradcheck(CALCULUS[name], point, fast_mode=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(CALCULUS[name], point, fast_mode=True)
+
+
+def test_gradient_of_a_constant_row_is_finite() -> None:
+    x = torch.zeros(2, 6, requires_grad=True)
+    (pyfuse.layer_norm(x) + pyfuse.rms_norm(x)).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "llama"])
+def test_vmap_and_functional_gradient(name: str) -> None:
+    x, r = torch.randn(4, 3, 5), torch.randn(4, 3, 5)
+    w, b = torch.randn(5), torch.randn(5)
+    call = CALCULUS[name]
+    for mapped, whole in zip(
+        torch.vmap(call, in_dims=(0, 0, None, None))(x, r, w, b), call(x, r, w, b), strict=True
+    ):
+        torch.testing.assert_close(mapped, whole)
+
+    def loss(w: Tensor) -> Tensor:
+        y, z = call(x, r, w, b)
+        return (y * z).sum()
+
+    leaf = w.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(w), leaf.grad)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("name", ["layer_norm", "llama"])
+def test_compiled(name: str, strided: bool) -> None:
+    call = CALCULUS[name]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x, r = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    w, b = torch.randn(5), torch.randn(5)
+    if strided:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    for got, expected in zip(compiled(x, r, w, b), call(x, r, w, b), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert got.stride() == expected.stride()
+    grads = []
+    for function in (compiled, call):
+        leaf = x.detach().clone().requires_grad_()
+        y, z = function(leaf, r, w, b)
+        (y * z).sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_dropout_compiles() -> None:
+    def call(x: Tensor) -> Tensor:
+        return pyfuse.rms_norm(x, residual=x, dropout_p=0.5)
+
+    y = torch.compile(call, fullgraph=True, backend="aot_eager")(torch.randn(8, 16))
+    assert y.isfinite().all()
+
+
+# ---- choice and errors --------------------------------------------------------------------------
+
+
+def test_explain_says_what_a_kernel_refuses(target: Target) -> None:
+    if target.backend != "cpu":
+        pytest.skip("reasons of the CPU kernels")
+    x, w = torch.randn(2, 8).bfloat16(), torch.randn(8)
+    assert pyfuse.explain("layer_norm", x, w, w).chosen == "cpu"
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("needs one dtype", {"residual": torch.randn(2, 8)}),
+        ("must agree", {"weight": w, "bias": w.bfloat16()}),
+        ("does not mix", {"weight": w.half()}),
+        ("gradient", {"weight": w.clone().requires_grad_()}),
+    ]
+    for reason, options in refused:
+        explanation = pyfuse.explain("layer_norm", x, **options)
+        assert explanation.chosen == "eager" and reason in str(explanation)
+
+
+def test_kernel_entry_refuses_null_pointers(target: Target) -> None:
+    if target.backend == "cpu":
+        with pytest.raises(ValueError, match="x: null data pointer"):
+            cpu_module.module().norm(
+                0, 0, 0, 0, 0, 0, 1, 8, 8, 0, 0, 0, 1e-5, True, False, 0.0, 1
+            )  # fmt: skip
+
+
+X = torch.zeros(2, 8)
+BAD: list[tuple[str, type[Exception], Callable[[], Any]]] = [
+    (r"x: .*floating-point.*int64", TypeError, lambda: pyfuse.layer_norm(torch.zeros(2, 8).long())),
+    (r"x: .*shape \(2, 0\)", ValueError, lambda: pyfuse.layer_norm(torch.zeros(2, 0))),
+    (r"x: .*shape \(\)", ValueError, lambda: pyfuse.rms_norm(torch.tensor(1.0))),
+    (r"weight: .*\(8,\).*got \(7,\)", ValueError, lambda: pyfuse.layer_norm(X, torch.zeros(7))),
+    (r"weight: .*got \(1, 8\)", ValueError, lambda: pyfuse.rms_norm(X, torch.zeros(1, 8))),
+    (r"weight: .*int64", TypeError, lambda: pyfuse.rms_norm(X, torch.zeros(8).long())),
+    (
+        r"weight: is on meta, but x is on cpu",
+        ValueError,
+        lambda: pyfuse.layer_norm(X, torch.zeros(8, device="meta")),
+    ),
+    (r"bias: .*got \(9,\)", ValueError, lambda: pyfuse.layer_norm(X, None, torch.zeros(9))),
+    (r"eps: .*-1", ValueError, lambda: pyfuse.layer_norm(X, eps=-1.0)),
+    (r"eps: .*nan", ValueError, lambda: pyfuse.rms_norm(X, eps=float("nan"))),
+    (r"dropout_p: .*1\.0", ValueError, lambda: pyfuse.layer_norm(X, dropout_p=1.0)),
+    (r"dropout_p: .*-0\.1", ValueError, lambda: pyfuse.rms_norm(X, dropout_p=-0.1)),
+    (
+        r"residual: expected x's shape \(2, 8\), got \(8,\)",
+        ValueError,
+        lambda: pyfuse.layer_norm(X, residual=torch.zeros(8)),
+    ),
+    (
+        r"residual: got torch.bfloat16",
+        TypeError,
+        lambda: pyfuse.rms_norm(X, residual=X.bfloat16()),
+    ),
+    (
+        r"residual: is on meta",
+        ValueError,
+        lambda: pyfuse.rms_norm(X, residual=torch.zeros(2, 8, device="meta")),
+    ),
+    (r"casting: got 't5'", ValueError, lambda: pyfuse.rms_norm(X, casting="t5")),
+]
+
+
+@pytest.mark.parametrize(("message", "kind", "call"), BAD, ids=[m for m, _, _ in BAD])
+def test_bad_input(message: str, kind: type[Exception], call: Callable[[], Any]) -> None:
+    with pytest.raises(kind, match=message):
+        call()
