@@ -83,7 +83,9 @@ def speed() -> Iterator[Bar]:
 
 def _chat(tokenizer: Any, prompts: list[str]) -> Any:
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False
+        )
         for p in prompts
     ]
     return tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
@@ -118,11 +120,13 @@ def _random_models() -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
     ids = torch.randint(5, 1000, (2, 128), generator=torch.Generator().manual_seed(0))
     one = {"input_ids": ids}
     both = {"input_ids": ids, "decoder_input_ids": ids[:, :64]}
-    small = dict(vocab_size=8192)
+    small = {"vocab_size": 8192}
     yield "GPT-2", t.GPT2LMHeadModel(t.GPT2Config(n_layer=4, **small)), one
     yield "BERT", t.BertModel(t.BertConfig(num_hidden_layers=4, **small)), one
     yield "DistilBERT", t.DistilBertModel(t.DistilBertConfig(n_layers=4, **small)), one
-    t5 = t.T5Config(d_model=512, num_layers=4, d_ff=2048, num_heads=8, decoder_start_token_id=0, **small)
+    t5 = t.T5Config(
+        d_model=512, num_layers=4, d_ff=2048, num_heads=8, decoder_start_token_id=0, **small
+    )
     yield "T5", t.T5ForConditionalGeneration(t5), both
     bart = t.BartConfig(encoder_layers=4, decoder_layers=4, d_model=768, encoder_ffn_dim=3072,
                         decoder_ffn_dim=3072, encoder_attention_heads=12, decoder_attention_heads=12, **small)  # fmt: skip
@@ -140,7 +144,9 @@ def _forward_ms(models: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict
 
         return forward
 
-    seconds = measure.interleave({k: measure.stopwatch(run(m)) for k, m in models.items()}, rounds=15, budget=12.0)
+    seconds = measure.interleave(
+        {k: measure.stopwatch(run(m)) for k, m in models.items()}, rounds=15, budget=12.0
+    )
     return {label: 1e3 * value for label, value in seconds.items()}
 
 
@@ -181,12 +187,20 @@ def install() -> Iterator[Bar]:
         # --no-deps: torch is there already. The build's own requirements come from pip's cache after the first time.
         seconds = _seconds([*pip, "wheel", "--no-deps", "--wheel-dir", folder, str(source)])
     yield Bar("pip install . (build of the wheel)", f"{seconds:.0f} s", "<= 90 s", seconds <= 90)
-    code = "import torch, time; t = time.perf_counter(); import pyfuse; print(time.perf_counter() - t)"
+    code = (
+        "import torch, time; t = time.perf_counter(); import pyfuse; print(time.perf_counter() - t)"
+    )
     times = [
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for _ in range(5)
     ]
-    yield Bar("import pyfuse after torch", f"{1e3 * min(times):.0f} ms", "<= 100 ms", min(times) <= 0.1)
+    yield Bar(
+        "import pyfuse after torch", f"{1e3 * min(times):.0f} ms", "<= 100 ms", min(times) <= 0.1
+    )
 
 
 def tests() -> Iterator[Bar]:
@@ -217,7 +231,9 @@ def show(bars: list[Bar]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bars", description=__doc__)
-    parser.add_argument("groups", nargs="*", choices=[[], *GROUPS], help="which groups (default: all)")
+    parser.add_argument(
+        "groups", nargs="*", choices=[[], *GROUPS], help="which groups (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=machine.physical_cores())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -225,7 +241,10 @@ def main() -> int:
     for group in arguments.groups or GROUPS:
         for bar in GROUPS[group]():
             bars.append(bar)
-            print(f"{'met   ' if bar.met else 'MISSED'} {bar.name}: {bar.figure}, target {bar.target}", flush=True)
+            print(
+                f"{'met   ' if bar.met else 'MISSED'} {bar.name}: {bar.figure}, target {bar.target}",
+                flush=True,
+            )
     show(bars)
     return 0 if all(bar.met for bar in bars) else 1
 

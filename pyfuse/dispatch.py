@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -94,12 +94,12 @@ def use_backend(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unavailable(name: str) -> str | None:
     reason: str | None = load(name).why_unavailable()
     return reason
@@ -115,7 +115,7 @@ def formula_reason(tensors: tuple[Any, ...], options: dict[str, Any]) -> str | N
     # Not peek_interpreter_stack(): Dynamo folds that to a constant "not None".
     if torch._C._are_functorch_transforms_active():
         return "a functorch transform needs the differentiable formula"
-    if forward_ad._current_level >= 0:  # type: ignore[attr-defined]
+    if forward_ad._current_level >= 0:
         return "forward-mode AD needs the differentiable formula"
     if torch.is_grad_enabled():
         for t in tensors:
@@ -127,7 +127,7 @@ def formula_reason(tensors: tuple[Any, ...], options: dict[str, Any]) -> str | N
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _offer(name: str, op: str) -> Impl | str:
     """What the backend ``name`` has for ``op``, or the reason why it never runs it on this machine."""
     reason = _unavailable(name)

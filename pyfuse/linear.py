@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,10 @@ from pyfuse.backends.cpu_linear import ACTIVATION, PackedWeight, RowsWeight, why
 # Numbers of rows that are measured; a call takes the choice made for the next larger one.
 ROWS = (1, 2, 4, 8, 16, 64, 256)
 FEW_ROWS = 64  # beyond, reading W only once is no merit any more
-MIN_ROUNDS, MAX_ROUNDS, SECONDS = 4, 40, 0.04
+COLD_ROWS = 8  # up to here the weight is read from memory, as in a model, where it is not cached
+MIN_ROUNDS, STILL_ROUNDS, MAX_ROUNDS, SECONDS = 3, 4, 60, 0.3
 MAX_FLOPS = 4e9  # a larger product is not timed, it behaves as the largest one that was
-COLD_BYTES = 48 * 2**20  # few rows are timed on copies of W of this size in all: in a model W is not cached
+COLD_BYTES = 40 * 2**20  # of copies of W that stand in for the rest of the model
 WORTH_IT = 0.95  # of torch's time: less gain than this is noise
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -38,7 +39,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _finish(y: Tensor, activation: str | None, multiply: Tensor | None, residual: Tensor | None) -> Tensor:
+def _finish(
+    y: Tensor, activation: str | None, multiply: Tensor | None, residual: Tensor | None
+) -> Tensor:
     if activation is not None:
         y = _ACTIVATIONS[activation](y)
     if multiply is not None:
@@ -69,41 +72,56 @@ class Choice:
         return ", then ".join(parts)
 
 
-def _copies(weight: Tensor, rows: int) -> list[Tensor]:
-    if rows > ROWS[3]:
-        return [weight]
-    size = weight.numel() * weight.element_size()
-    return [weight] + [weight.clone() for _ in range(min(15, COLD_BYTES // max(size, 1)))]
+class _Trial:
+    """The three ways on random weights of one shape: on one, and on enough of them that none stays in a cache."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
+        self.dtype, self.k = dtype, k
+        weight = torch.randn(n, k).to(dtype)
+        copies = min(15, COLD_BYTES // max(weight.numel() * weight.element_size(), 1))
+        self.weights = [weight, *(weight.clone() for _ in range(copies))]
+        able = why_not_linear(weight) is None
+        self.rows = [RowsWeight(w, None) for w in self.weights] if able else []
+        self.packed = [PackedWeight(w, None) for w in self.weights] if able else []
+
+    def run(self, rows: int, activation: str | None) -> dict[str, float]:
+        """Best milliseconds of each way for one product with this many rows."""
+        x = torch.randn(rows, self.k).to(self.dtype)
+        count = len(self.weights) if rows <= COLD_ROWS else 1
+        calls: dict[str, Callable[[], object]] = {
+            "torch": lambda: [
+                _finish(F.linear(x, w), activation, None, None) for w in self.weights[:count]
+            ]
+        }
+        if self.packed:
+            calls["packed"] = lambda: [w(x, activation) for w in self.packed[:count]]
+        if self.rows and rows <= FEW_ROWS:
+            calls["rows"] = lambda: [w(x, activation) for w in self.rows[:count]]
+        return {way: ms / count for way, ms in _take_turns(calls).items()}
 
 
-def _measure(weight: Tensor, rows: int, activation: str | None) -> dict[str, float]:
-    """Best milliseconds of each way for one product, the ways taking turns until they have had their time."""
-    x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
-    weights = _copies(weight, rows)
-    calls: dict[str, Callable[[], object]] = {
-        "torch": lambda: [_finish(F.linear(x, w), activation, None, None) for w in weights]
-    }
-    if why_not_linear(weight) is None:
-        packed = [PackedWeight(w, None) for w in weights]
-        calls["packed"] = lambda: [w(x, activation) for w in packed]
-        if rows <= FEW_ROWS:
-            plain = [RowsWeight(w, None) for w in weights]
-            calls["rows"] = lambda: [w(x, activation) for w in plain]
+def _take_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Best milliseconds of each call, run in turns until none of them has got faster for a while.
+
+    On a quiet machine that is soon; on one that others use too, it takes as many rounds as it needs, within limits.
+    """
     best = dict.fromkeys(calls, float("inf"))
-    began = time.perf_counter()
-    # The first round warms up, which a minimum does not mind. A machine that others use too needs
-    # many rounds to show its best; what is quick to run gets them.
+    began, still = time.perf_counter(), 0
     for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() - began > SECONDS:
+        if turn >= MIN_ROUNDS and (still >= STILL_ROUNDS or time.perf_counter() - began > SECONDS):
             break
+        still += 1
         for way, call in calls.items():
             start = time.perf_counter()
             call()
-            best[way] = min(best[way], (time.perf_counter() - start) * 1e3 / len(weights))
+            ms = (time.perf_counter() - start) * 1e3
+            if ms < 0.98 * best[way]:
+                still = 0
+            best[way] = min(best[way], ms)
     return best
 
 
-@lru_cache(maxsize=None)
+@cache
 def calibrate(
     n: int, k: int, dtype: torch.dtype, threads: int, activation: str | None = None
 ) -> Choice:
@@ -112,12 +130,12 @@ def calibrate(
     ways: list[str] = []
     milliseconds: dict[int, dict[str, float]] = {}
     with torch.inference_mode():
-        weight = torch.randn(n, k).to(dtype)
+        trial = _Trial(n, k, dtype)
         for rows in ROWS:
             if rows > 1 and 2.0 * rows * n * k > MAX_FLOPS:
                 ways.append(ways[-1])
                 continue
-            best = milliseconds[rows] = _measure(weight, rows, activation)
+            best = milliseconds[rows] = trial.run(rows, activation)
             winner = min(best, key=best.__getitem__)
             ways.append(winner if best[winner] < WORTH_IT * best["torch"] else "torch")
     return Choice(tuple(ways), milliseconds)
@@ -204,7 +222,9 @@ class PackedLinear:
         return _finish(F.linear(x, *self._stock), activation, multiply, residual)
 
 
-def plan(weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> PackedLinear | None:
+def plan(
+    weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+) -> PackedLinear | None:
     """A PackedLinear for this layer, or None where nothing beats torch on this machine for its shape."""
     k, n = weight.shape if transposed else weight.shape[::-1]
     if n == 0 or k == 0 or weight.device.type != "cpu" or not weight.is_floating_point():

@@ -18,7 +18,10 @@ Q = torch.randn(1, 2, 5, 8)
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -29,7 +32,9 @@ def test_every_listed_backend_keeps_the_contract() -> None:
         assert reason is None or (isinstance(reason, str) and reason)
         for op, impl in module.OPS.items():
             assert callable(impl.fn) and callable(impl.why_not), f"{name}: {op}"
-    assert set(dispatch.load("eager").OPS) >= set(dispatch.load("cpu").OPS), "eager has every operation"
+    assert set(dispatch.load("eager").OPS) >= set(dispatch.load("cpu").OPS), (
+        "eager has every operation"
+    )
 
 
 def test_unknown_names_are_refused() -> None:
@@ -127,7 +132,10 @@ def test_lazily_negated_tensors_are_read_with_their_sign() -> None:
 def test_import_is_light() -> None:
     """accelerate() alone needs transformers: importing pyfuse must not."""
     code = "import sys, pyfuse; print([m for m in ('transformers', 'rich', 'triton.language') if m in sys.modules])"
-    loaded = python("import torch, sys; print('triton.language' in sys.modules)").stdout.strip() == "True"
+    loaded = (
+        python("import torch, sys; print('triton.language' in sys.modules)").stdout.strip()
+        == "True"
+    )
     assert python(code).stdout.strip() == ("['triton.language']" if loaded else "[]")
 
 

@@ -26,7 +26,12 @@ def only(way: str) -> Choice:
 
 
 def formula(
-    x: Tensor, w: Tensor, b: Tensor | None, activation: str | None, m: Tensor | None, r: Tensor | None
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    activation: str | None,
+    m: Tensor | None,
+    r: Tensor | None,
 ) -> Tensor:
     y = F.linear(x, w, b)
     if activation is not None:
@@ -77,10 +82,15 @@ def test_activations_over_their_whole_range(target: Target, activation: str) -> 
         pytest.skip("the rows kernel is the CPU's")
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.linspace(-1e-3, 1e-3, 2001)])[:, None]
     one = torch.ones(1, 1)
-    y, exact = RowsWeight(one, None)(x, activation), formula(x.double(), one.double(), None, activation, None, None)
+    y, exact = (
+        RowsWeight(one, None)(x, activation),
+        formula(x.double(), one.double(), None, activation, None, None),
+    )
     # Relative to the value itself where it is not tiny: a wrong tail must not hide behind a large maximum.
     error = (y.double() - exact).abs() / exact.abs().clamp_min(1e-6)
-    assert error.max() < 4e-6, f"{activation}: relative error {error.max():.1e} at {x[error.argmax()].item()}"
+    assert error.max() < 4e-6, (
+        f"{activation}: relative error {error.max():.1e} at {x[error.argmax()].item()}"
+    )
     special = torch.tensor([[float("inf")], [float("nan")]])
     y = RowsWeight(one, None)(special, activation)
     assert y[0].isinf().all() and y[1].isnan().all()
@@ -106,7 +116,9 @@ def test_threads_and_runs_agree_bit_by_bit() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_every_way_with_every_ending(way: str, dtype: torch.dtype, transposed: bool) -> None:
     w, b = torch.randn(65, 111).to(dtype), torch.randn(65).to(dtype)
-    layer = PackedLinear(w.t().contiguous() if transposed else w, b, only(way), transposed=transposed)
+    layer = PackedLinear(
+        w.t().contiguous() if transposed else w, b, only(way), transposed=transposed
+    )
     for shape in [(1, 1), (2, 3), (40, 1)]:
         x = torch.randn(*shape, 111).to(dtype)
         for m in (None, torch.randn(*shape, 65).to(dtype)):
@@ -151,7 +163,9 @@ def test_copies_are_counted() -> None:
     assert PackedLinear(w, None, only("rows")).memory_bytes == 0
     assert PackedLinear(w, None, only("torch")).memory_bytes == 0
     assert PackedLinear(w, None, only("packed")).memory_bytes == size
-    assert PackedLinear(w.t().contiguous(), None, only("rows"), transposed=True).memory_bytes == size
+    assert (
+        PackedLinear(w.t().contiguous(), None, only("rows"), transposed=True).memory_bytes == size
+    )
 
 
 def test_a_copied_layer_stands_alone() -> None:
@@ -167,7 +181,15 @@ def test_a_copied_layer_stands_alone() -> None:
 
 def test_choice_takes_the_next_larger_measurement() -> None:
     choice = Choice(("rows", "rows", "rows", "torch", "torch", "packed", "packed"), {})
-    expected = {1: "rows", 4: "rows", 5: "torch", 8: "torch", 16: "torch", 17: "packed", 99999: "packed"}
+    expected = {
+        1: "rows",
+        4: "rows",
+        5: "torch",
+        8: "torch",
+        16: "torch",
+        17: "packed",
+        99999: "packed",
+    }
     assert {rows: choice.way(rows) for rows in expected} == expected
     assert choice.description == "rows up to 4, then torch up to 16, then packed"
 

@@ -13,20 +13,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not run from a source tree")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").is_file(), reason="not run from a source tree"
+)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree without anything built, so that a build here leaves the real one alone."""
     copy = tmp_path_factory.mktemp("source") / "pyfuse"
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "*.so", "*.egg-info", "__pycache__", ".*_cache"
+    )
     shutil.copytree(ROOT, copy, ignore=ignored)
     return copy
 
 
 def run(*command: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **variables}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -58,7 +64,9 @@ def test_without_a_compiler_the_eager_backend_installs(source: Path, tmp_path: P
         assert "pyfuse/py.typed" in names and "pyfuse/ops/attention.py" in names
         archive.extractall(tmp_path / "site")
     # An editable install of this very tree would lend its compiled module.
-    alone = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)];"
+    alone = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)];"
+    )
     code = alone + (
         "import torch, pyfuse; q = torch.ones(1, 2, 3, 8);"
         "print(pyfuse.__file__); print(pyfuse.attention(q, q, q).sum().item());"
@@ -78,5 +86,7 @@ def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None
     """A broken build must not pass for an absent compiler."""
     code = f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})"
     variables = {**os.environ, "CXX": shutil.which("false") or "/bin/false"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=variables, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=variables, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "CMake" in done.stdout + done.stderr

@@ -16,7 +16,8 @@ inline void* address(uintptr_t pointer, const char* name) {
 inline void* optional_address(uintptr_t pointer) { return reinterpret_cast<void*>(pointer); }
 
 // The first `count` of a tuple of strides.
-template <int count> void read_strides(const pybind11::tuple& from, int64_t (&to)[count]) {
+template <int count>
+void read_strides(const pybind11::tuple& from, int64_t (&to)[count]) {
   if (static_cast<int>(from.size()) < count) throw std::invalid_argument("strides: too few");
   for (int i = 0; i < count; ++i) to[i] = from[i].cast<int64_t>();
 }

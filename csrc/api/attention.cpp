@@ -58,20 +58,21 @@ void run(const AttentionParams& p) {
 }  // namespace
 
 void register_attention(py::module_& m) {
-  m.def("attention",
-        [](uintptr_t q, const py::tuple& q_stride, uintptr_t k, const py::tuple& k_stride,
-           uintptr_t v, const py::tuple& v_stride, uintptr_t o, const py::tuple& o_stride,
-           uintptr_t lse, const py::tuple& sizes, int dtype, double scale, double softcap,
-           int64_t window_left, int64_t window_right, uintptr_t seqlens_k, uintptr_t sinks,
-           uintptr_t alibi_slopes, int threads, uintptr_t mask, const py::object& mask_stride,
-           int mask_dtype) {
-          AttentionParams p = attention_params(q, q_stride, k, k_stride, v, v_stride, o, o_stride, lse,
-                                               sizes, dtype, scale, softcap, window_left, window_right,
-                                               seqlens_k, sinks, alibi_slopes, threads);
-          if (!mask_stride.is_none()) set_mask(p, mask, mask_stride, mask_dtype);
-          run(p);
-        },
-        "Attention forward. sizes = (B, Hq, Hk, M, N, D, Dv); mask_dtype -1 = bool; see params.h.");
+  m.def(
+      "attention",
+      [](uintptr_t q, const py::tuple& q_stride, uintptr_t k, const py::tuple& k_stride,
+         uintptr_t v, const py::tuple& v_stride, uintptr_t o, const py::tuple& o_stride,
+         uintptr_t lse, const py::tuple& sizes, int dtype, double scale, double softcap,
+         int64_t window_left, int64_t window_right, uintptr_t seqlens_k, uintptr_t sinks,
+         uintptr_t alibi_slopes, int threads, uintptr_t mask, const py::object& mask_stride,
+         int mask_dtype) {
+        AttentionParams p = attention_params(q, q_stride, k, k_stride, v, v_stride, o, o_stride,
+                                             lse, sizes, dtype, scale, softcap, window_left,
+                                             window_right, seqlens_k, sinks, alibi_slopes, threads);
+        if (!mask_stride.is_none()) set_mask(p, mask, mask_stride, mask_dtype);
+        run(p);
+      },
+      "Attention forward. sizes = (B, Hq, Hk, M, N, D, Dv); mask_dtype -1 = bool; see params.h.");
 }
 
 }  // namespace pyfuse

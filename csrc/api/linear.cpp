@@ -16,10 +16,10 @@ Activation activation_of(int code) {
 typedef void (*cpu::Kernels::*Kernel)(const LinearParams&);
 
 template <Kernel kernel>
-void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintptr_t bias, uintptr_t y,
-            int64_t y_stride, int64_t rows, int64_t n, int64_t k, int dtype, int activation,
-            uintptr_t multiply, int64_t multiply_stride, uintptr_t residual, int64_t residual_stride,
-            int threads) {
+void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintptr_t bias,
+            uintptr_t y, int64_t y_stride, int64_t rows, int64_t n, int64_t k, int dtype,
+            int activation, uintptr_t multiply, int64_t multiply_stride, uintptr_t residual,
+            int64_t residual_stride, int threads) {
   if (rows <= 0 || n <= 0) return;
   LinearParams p{};
   p.x = k > 0 ? address(x, "x") : nullptr;
@@ -38,7 +38,8 @@ void linear(uintptr_t x, int64_t x_stride, uintptr_t w, int64_t w_stride, uintpt
   (cpu::kernels().*kernel)(p);
 }
 
-void pack(uintptr_t w, int64_t w_stride, uintptr_t packed, int64_t n, int64_t k, int dtype, int threads) {
+void pack(uintptr_t w, int64_t w_stride, uintptr_t packed, int64_t n, int64_t k, int dtype,
+          int threads) {
   if (n <= 0 || k <= 0) return;
   LinearParams p{};
   p.w = address(w, "weight");

@@ -1,13 +1,13 @@
 // Attention forward for many queries (prefill, encoders): tiles of keys, online softmax.
 //
 // For every batch and key head, K and V are packed once (attention_tile.h). A task is then a block
-// of BM query rows of one head: for each tile of BN keys, six rows at a time, it computes the scores,
-// folds them into the running maximum m and sum l of each row, and adds P·V to the running output,
-// rescaled by alpha = exp(m_old - m_new) (Milakov & Gimelshein, arXiv:1805.02867; Dao, 2307.08691).
-// The exponential is 2^(c·s - c·m), c = scale·log2(e): one fused multiply-add and a polynomial.
-// Tiles that no row of a block sees are skipped; masks are looked at only where a tile's edge or a
-// mask makes it necessary. A task depends on nothing but its input, so the result does not depend on
-// the number of threads.
+// of BM query rows of one head: for each tile of BN keys, six rows at a time, it computes the
+// scores, folds them into the running maximum m and sum l of each row, and adds P·V to the running
+// output, rescaled by alpha = exp(m_old - m_new) (Milakov & Gimelshein, arXiv:1805.02867; Dao,
+// 2307.08691). The exponential is 2^(c·s - c·m), c = scale·log2(e): one fused multiply-add and a
+// polynomial. Tiles that no row of a block sees are skipped; masks are looked at only where a
+// tile's edge or a mask makes it necessary. A task depends on nothing but its input, so the result
+// does not depend on the number of threads.
 #include <math.h>
 
 #include "cpu/attention_scores.h"
@@ -20,7 +20,8 @@ namespace {
 
 constexpr int BM = 8 * MR;  // rows of a task: enough to pay for reading a tile of K and V
 
-template <class T, class Path> class Forward {
+template <class T, class Path>
+class Forward {
   typedef typename Path::Compute C;
   typedef typename Path::Packed Packed;
   typedef typename Path::V V;
@@ -50,12 +51,17 @@ template <class T, class Path> class Forward {
             carver.take<C>(tiles)};
   }
   Task take_task(Carver& carver) const {
-    return {carver.take<Packed>(BM * d_packed), carver.take<Packed>(MR * BN), carver.take<C>(MR * BN),
-            carver.take<C>(BN),                 carver.take<C>(BM * dv_packed), carver.take<C>(BM),
+    return {carver.take<Packed>(BM * d_packed),
+            carver.take<Packed>(MR * BN),
+            carver.take<C>(MR * BN),
+            carver.take<C>(BN),
+            carver.take<C>(BM * dv_packed),
+            carver.take<C>(BM),
             carver.take<C>(BM)};
   }
 
-  static const T* at(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h, int64_t row) {
+  static const T* at(const void* base, const int64_t (&stride)[3], int64_t b, int64_t h,
+                     int64_t row) {
     return static_cast<const T*>(base) + b * stride[0] + h * stride[1] + row * stride[2];
   }
 
@@ -75,20 +81,21 @@ template <class T, class Path> class Forward {
                      count, BN, p.dv, dv_packed);
   }
 
-  // scores -> probabilities of six rows; updates max and sum, leaves the rescaling factors in alpha.
-  // In three passes, so that the rows' chains of dependent instructions run side by side.
+  // scores -> probabilities of six rows; updates max and sum, leaves the rescaling factors in
+  // alpha. In three passes, so that the rows' chains of dependent instructions run side by side.
   void softmax(const Task& t, C* max, C* sum, C (&alpha)[MR]) const {
     using namespace pyfuse::cpu::PYFUSE_ISA;
     V top[MR];
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       top[r] = load(t.scores + r * BN);
-      PYFUSE_UNROLL for (int j = W; j < BN; j += W)
-        top[r] = PYFUSE_ISA::max(top[r], load(t.scores + r * BN + j));
+      PYFUSE_UNROLL for (int j = W; j < BN; j += W) top[r] =
+          PYFUSE_ISA::max(top[r], load(t.scores + r * BN + j));
     }
     C pivot[MR], total[MR];
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       const C tile_max = reduce_max(top[r]), new_max = tile_max > max[r] ? tile_max : max[r];
-      pivot[r] = new_max == -static_cast<C>(INFINITY) ? C(0) : new_max;  // no key yet: not inf - inf
+      pivot[r] =
+          new_max == -static_cast<C>(INFINITY) ? C(0) : new_max;  // no key yet: not inf - inf
       alpha[r] = (max[r] - pivot[r]) * c;
       max[r] = new_max;
     }
@@ -111,7 +118,8 @@ template <class T, class Path> class Forward {
   }
 
   template <int nv>
-  void multiply_v_columns(const Task& t, const Packed* v, int64_t count, const C* alpha, C* o) const {
+  void multiply_v_columns(const Task& t, const Packed* v, int64_t count, const C* alpha,
+                          C* o) const {
     Path::template multiply_v<nv>(t.probability, v, dv_packed, count, alpha, o);
   }
 
@@ -122,22 +130,32 @@ template <class T, class Path> class Forward {
       const int64_t left = dv_packed / W - column;
       const Packed* values = v + column * per_vector;
       switch (left < NV ? left : NV) {
-        case 1: multiply_v_columns<1>(t, values, count, alpha, o + column * W); break;
-        case 2: multiply_v_columns<2>(t, values, count, alpha, o + column * W); break;
-        case 3: multiply_v_columns<3>(t, values, count, alpha, o + column * W); break;
-        default: multiply_v_columns<NV>(t, values, count, alpha, o + column * W); break;
+        case 1:
+          multiply_v_columns<1>(t, values, count, alpha, o + column * W);
+          break;
+        case 2:
+          multiply_v_columns<2>(t, values, count, alpha, o + column * W);
+          break;
+        case 3:
+          multiply_v_columns<3>(t, values, count, alpha, o + column * W);
+          break;
+        default:
+          multiply_v_columns<NV>(t, values, count, alpha, o + column * W);
+          break;
       }
     }
   }
 
   // The same where V holds a NaN or infinity and some keys are hidden: 0·NaN must not count.
-  void accumulate_visible(const Task& t, const Packed* v, int64_t count, const C* alpha, C* o) const {
+  void accumulate_visible(const Task& t, const Packed* v, int64_t count, const C* alpha,
+                          C* o) const {
     for (int r = 0; r < MR; ++r) {
       for (int64_t j = 0; j < p.dv; ++j) o[r * dv_packed + j] *= alpha[r];
       for (int64_t n = 0; n < count; ++n) {
         const C weight = Path::probability(t.probability + r * BN, n);
         if (weight == C(0)) continue;
-        for (int64_t j = 0; j < p.dv; ++j) o[r * dv_packed + j] += weight * Path::value(v, dv_packed, n, j);
+        for (int64_t j = 0; j < p.dv; ++j)
+          o[r * dv_packed + j] += weight * Path::value(v, dv_packed, n, j);
       }
     }
   }
@@ -151,11 +169,13 @@ template <class T, class Path> class Forward {
     const bool edge = n < bottom.lo || n + BN > top.hi;
 
     for (int panel = 0; panel < BN; panel += NR) {
-      Path::multiply_k(t.q + local * d_packed, head.k + (n + panel) * d_packed, p.d, t.scores + panel);
+      Path::multiply_k(t.q + local * d_packed, head.k + (n + panel) * d_packed, p.d,
+                       t.scores + panel);
     }
     if (edge || terms || p.mask != nullptr) {
       for (int r = 0; r < MR; ++r) {
-        const int64_t m = first + r < last ? first + r : last;  // rows past the end are never stored
+        const int64_t m =
+            first + r < last ? first + r : last;  // rows past the end are never stored
         finish_scores(p, b, h, m, visible_keys(p, b, m), n, BN, t.scores + r * BN, t.row);
       }
     }
@@ -199,7 +219,8 @@ template <class T, class Path> class Forward {
       const int64_t b = i / p.heads_k, hk = i % p.heads_k;
       for (int64_t tile = 0; tile < tiles; ++tile) pack_tile(head, b, hk, tile);
       for (int64_t g = 0; g < group; ++g)
-        for (int64_t block = 0; block < blocks; ++block) run_block(task, head, b, hk * group + g, block);
+        for (int64_t block = 0; block < blocks; ++block)
+          run_block(task, head, b, hk * group + g, block);
     });
   }
 
@@ -239,14 +260,19 @@ template <class T, class Path> class Forward {
 
 void attention(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::f32: return Forward<float, Wide<float>>(p).run();
+    case DType::f32:
+      return Forward<float, Wide<float>>(p).run();
 #if defined(__AVX512BF16__)
-    case DType::bf16: return Forward<bf16, Dot>(p).run();
+    case DType::bf16:
+      return Forward<bf16, Dot>(p).run();
 #else
-    case DType::bf16: return Forward<bf16, Wide<float>>(p).run();
+    case DType::bf16:
+      return Forward<bf16, Wide<float>>(p).run();
 #endif
-    case DType::f16: return Forward<f16, Wide<float>>(p).run();
-    case DType::f64: return Forward<double, Wide<double>>(p).run();
+    case DType::f16:
+      return Forward<f16, Wide<float>>(p).run();
+    case DType::f64:
+      return Forward<double, Wide<double>>(p).run();
   }
   bad_switch_value("attention: dtype", static_cast<int>(p.dtype));
 }

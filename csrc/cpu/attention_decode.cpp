@@ -14,22 +14,26 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 256;                // keys of a task: 64 KiB of K at D = 64 in float
-constexpr int64_t SERIAL_BYTES = 64 * 1024;   // below this, waking a thread costs more than it brings
+constexpr int64_t CHUNK = 256;  // keys of a task: 64 KiB of K at D = 64 in float
+constexpr int64_t SERIAL_BYTES =
+    64 * 1024;  // below this, waking a thread costs more than it brings
 
 // Dot products of W keys with one query row. The query is stored as the kernel multiplies it.
-template <class T> struct Dots {
+template <class T>
+struct Dots {
   typedef compute_t<T> Q;
   static constexpr int W = width<T>;
   static int64_t padded(int64_t d) { return (d + W - 1) / W * W; }
   static Q from(T x) { return to_compute(x); }
 
-  static PYFUSE_INLINE vec_t<T> run(const Q* q, const T* k, int64_t stride, int64_t count, int64_t d) {
+  static PYFUSE_INLINE vec_t<T> run(const Q* q, const T* k, int64_t stride, int64_t count,
+                                    int64_t d) {
     vec_t<T> acc[W] = {};
     const int64_t whole = d / W * W;
     for (int64_t j = 0; j < whole; j += W) {
       const vec_t<T> x = load(q + j);
-      PYFUSE_UNROLL for (int i = 0; i < W; ++i) acc[i] += x * load(k + (i < count ? i : 0) * stride + j);
+      PYFUSE_UNROLL for (int i = 0; i < W; ++i) acc[i] +=
+          x * load(k + (i < count ? i : 0) * stride + j);
     }
     if (whole < d) {
       const vec_t<T> x = load(q + whole);
@@ -42,7 +46,8 @@ template <class T> struct Dots {
 };
 
 #if defined(__AVX512BF16__)
-template <> struct Dots<bf16> {  // pairs of exact products, added in float
+template <>
+struct Dots<bf16> {  // pairs of exact products, added in float
   typedef bf16 Q;
   static constexpr int W = 16;
   static int64_t padded(int64_t d) { return (d + 31) / 32 * 32; }
@@ -66,7 +71,8 @@ template <> struct Dots<bf16> {  // pairs of exact products, added in float
 };
 #endif
 
-template <class T> class Decode {
+template <class T>
+class Decode {
   typedef compute_t<T> C;
   typedef vec_t<T> V;
   typedef typename Dots<T>::Q Q;
@@ -101,7 +107,8 @@ template <class T> class Decode {
     for (int64_t r = 0; r < rows; ++r) {
       const T* from = static_cast<const T*>(p.q) + b * p.q_stride[0] + head(hk, r) * p.q_stride[1] +
                       r % p.queries * p.q_stride[2];
-      for (int64_t j = 0; j < d_padded; ++j) q[r * d_padded + j] = j < p.d ? Dots<T>::from(from[j]) : Q{};
+      for (int64_t j = 0; j < d_padded; ++j)
+        q[r * d_padded + j] = j < p.d ? Dots<T>::from(from[j]) : Q{};
     }
   }
 
@@ -150,15 +157,24 @@ template <class T> class Decode {
     for (int64_t j = 0; j < p.dv; j += NV * W) {
       const int64_t left = p.dv - j;
       switch (left >= NV * W ? NV : (left + W - 1) / W) {
-        case 1: multiply_v<R, 1>(probability, v + j, count, left, o + j); break;
-        case 2: multiply_v<R, 2>(probability, v + j, count, left, o + j); break;
-        case 3: multiply_v<R, NV < 3 ? 1 : 3>(probability, v + j, count, left, o + j); break;
-        default: multiply_v<R, NV>(probability, v + j, count, left, o + j); break;
+        case 1:
+          multiply_v<R, 1>(probability, v + j, count, left, o + j);
+          break;
+        case 2:
+          multiply_v<R, 2>(probability, v + j, count, left, o + j);
+          break;
+        case 3:
+          multiply_v < R, NV<3 ? 1 : 3>(probability, v + j, count, left, o + j);
+          break;
+        default:
+          multiply_v<R, NV>(probability, v + j, count, left, o + j);
+          break;
       }
     }
   }
 
-  // Where the plain product met a NaN or infinity that may belong to a hidden key: 0·NaN must not count.
+  // Where the plain product met a NaN or infinity that may belong to a hidden key: 0·NaN must not
+  // count.
   void multiply_v_visible(const C* probability, const T* v, int64_t count, C* o) const {
     for (int64_t j = 0; j < p.dv; ++j) o[j] = 0;
     for (int64_t n = 0; n < count; ++n, v += p.v_stride[2]) {
@@ -178,10 +194,18 @@ template <class T> class Decode {
       const C* weights = probability + r * CHUNK;
       C* out = o + r * dv_padded;
       switch (rows - r < ROWS ? rows - r : ROWS) {
-        case 1: multiply_v_rows<1>(weights, v, count, out); break;
-        case 2: multiply_v_rows<2>(weights, v, count, out); break;
-        case 3: multiply_v_rows<3>(weights, v, count, out); break;
-        default: multiply_v_rows<ROWS>(weights, v, count, out); break;
+        case 1:
+          multiply_v_rows<1>(weights, v, count, out);
+          break;
+        case 2:
+          multiply_v_rows<2>(weights, v, count, out);
+          break;
+        case 3:
+          multiply_v_rows<3>(weights, v, count, out);
+          break;
+        default:
+          multiply_v_rows<ROWS>(weights, v, count, out);
+          break;
       }
     }
     for (int64_t r = 0; r < rows; ++r)
@@ -201,12 +225,15 @@ template <class T> class Decode {
       return;
     }
     read_queries(b, hk, t.q);
-    const T* k = static_cast<const T*>(p.k) + b * p.k_stride[0] + hk * p.k_stride[1] + lo * p.k_stride[2];
-    const T* v = static_cast<const T*>(p.v) + b * p.v_stride[0] + hk * p.v_stride[1] + lo * p.v_stride[2];
+    const T* k =
+        static_cast<const T*>(p.k) + b * p.k_stride[0] + hk * p.k_stride[1] + lo * p.k_stride[2];
+    const T* v =
+        static_cast<const T*>(p.v) + b * p.v_stride[0] + hk * p.v_stride[1] + lo * p.v_stride[2];
     for (int64_t n = 0; n < count; n += W) {
       const int64_t present = count - n < W ? count - n : W;
       for (int64_t r = 0; r < rows; ++r) {
-        const V s = Dots<T>::run(t.q + r * d_padded, k + n * p.k_stride[2], p.k_stride[2], present, p.d);
+        const V s =
+            Dots<T>::run(t.q + r * d_padded, k + n * p.k_stride[2], p.k_stride[2], present, p.d);
         store(t.scores + r * CHUNK + n, s);
       }
     }
@@ -227,7 +254,8 @@ template <class T> class Decode {
   template <class PartialOf>
   void merge_row(int64_t b, int64_t hk, int64_t r, const PartialOf& partial_of) const {
     C top = partial_of(0).max[r];
-    for (int64_t i = 1; i < chunks; ++i) top = partial_of(i).max[r] > top ? partial_of(i).max[r] : top;
+    for (int64_t i = 1; i < chunks; ++i)
+      top = partial_of(i).max[r] > top ? partial_of(i).max[r] : top;
     const C pivot = top == -static_cast<C>(INFINITY) ? C(0) : top;
     C sum = 0;
     C* acc = partial_of(0).o + r * dv_padded;
@@ -244,7 +272,8 @@ template <class T> class Decode {
   }
 
   int threads() const {
-    const int64_t bytes = p.batch * p.heads_k * p.keys * (p.d + p.dv) * static_cast<int64_t>(sizeof(T));
+    const int64_t bytes =
+        p.batch * p.heads_k * p.keys * (p.d + p.dv) * static_cast<int64_t>(sizeof(T));
     return bytes < SERIAL_BYTES ? 1 : p.threads;
   }
 
@@ -278,10 +307,14 @@ template <class T> class Decode {
 
 void attention_decode(const AttentionParams& p) {
   switch (p.dtype) {
-    case DType::f32: return Decode<float>(p).run();
-    case DType::bf16: return Decode<bf16>(p).run();
-    case DType::f16: return Decode<f16>(p).run();
-    case DType::f64: return Decode<double>(p).run();
+    case DType::f32:
+      return Decode<float>(p).run();
+    case DType::bf16:
+      return Decode<bf16>(p).run();
+    case DType::f16:
+      return Decode<f16>(p).run();
+    case DType::f64:
+      return Decode<double>(p).run();
   }
   bad_switch_value("attention_decode: dtype", static_cast<int>(p.dtype));
 }

@@ -1,5 +1,6 @@
-// What happens to scores between q·kᵀ and the softmax: which keys a query sees, softcap, bias, ALiBi,
-// masks. Shared by the tiled and the few-queries kernel; the formulas and their order are DESIGN's.
+// What happens to scores between q·kᵀ and the softmax: which keys a query sees, softcap, bias,
+// ALiBi, masks. Shared by the tiled and the few-queries kernel; the formulas and their order are
+// DESIGN's.
 #pragma once
 #include "cpu/isa.h"
 #include "cpu/vec_math.h"
@@ -27,7 +28,8 @@ inline bool has_score_terms(const AttentionParams& p) {
          !(p.scale > 0);
 }
 
-template <class C, class M> void read_mask_row(const M* mask, int64_t stride, int64_t count, C* row) {
+template <class C, class M>
+void read_mask_row(const M* mask, int64_t stride, int64_t count, C* row) {
   for (int64_t i = 0; i < count; ++i) row[i] = static_cast<C>(to_compute(mask[i * stride]));
 }
 
@@ -35,19 +37,24 @@ template <class C, class M> void read_mask_row(const M* mask, int64_t stride, in
 template <class C>
 void mask_row(const AttentionParams& p, int64_t b, int64_t h, int64_t m, int64_t n, int64_t count,
               C* row) {
-  const int64_t at = b * p.mask_stride[0] + h * p.mask_stride[1] + m * p.mask_stride[2] +
-                     n * p.mask_stride[3];
+  const int64_t at =
+      b * p.mask_stride[0] + h * p.mask_stride[1] + m * p.mask_stride[2] + n * p.mask_stride[3];
   const int64_t stride = p.mask_stride[3];
   if (p.mask_is_bool) {
     const uint8_t* mask = static_cast<const uint8_t*>(p.mask) + at;
-    for (int64_t i = 0; i < count; ++i) row[i] = mask[i * stride] ? C(0) : -static_cast<C>(INFINITY);
+    for (int64_t i = 0; i < count; ++i)
+      row[i] = mask[i * stride] ? C(0) : -static_cast<C>(INFINITY);
     return;
   }
   switch (p.mask_dtype) {
-    case DType::f32: return read_mask_row(static_cast<const float*>(p.mask) + at, stride, count, row);
-    case DType::bf16: return read_mask_row(static_cast<const bf16*>(p.mask) + at, stride, count, row);
-    case DType::f16: return read_mask_row(static_cast<const f16*>(p.mask) + at, stride, count, row);
-    case DType::f64: return read_mask_row(static_cast<const double*>(p.mask) + at, stride, count, row);
+    case DType::f32:
+      return read_mask_row(static_cast<const float*>(p.mask) + at, stride, count, row);
+    case DType::bf16:
+      return read_mask_row(static_cast<const bf16*>(p.mask) + at, stride, count, row);
+    case DType::f16:
+      return read_mask_row(static_cast<const f16*>(p.mask) + at, stride, count, row);
+    case DType::f64:
+      return read_mask_row(static_cast<const double*>(p.mask) + at, stride, count, row);
   }
 }
 
@@ -55,8 +62,8 @@ void mask_row(const AttentionParams& p, int64_t b, int64_t h, int64_t m, int64_t
 // bias, ALiBi (only if has_score_terms), then -inf for every key that the query does not see.
 // `row` is scratch of the same width; width is a multiple of the vector width.
 template <class C>
-void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, KeyRange range, int64_t n,
-                   int64_t width, C* s, C* row) {
+void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, KeyRange range,
+                   int64_t n, int64_t width, C* s, C* row) {
   typedef typename Vec<C>::type V;
   constexpr int W = Vec<C>::width;
   const V hidden = splat(-static_cast<C>(INFINITY));
@@ -77,7 +84,8 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
       const V distance = diagonal - key;
       x -= slope * (distance < C(0) ? -distance : distance);
     }
-    const auto outside = (key < static_cast<C>(range.lo - n)) | (key >= static_cast<C>(range.hi - n));
+    const auto outside =
+        (key < static_cast<C>(range.lo - n)) | (key >= static_cast<C>(range.hi - n));
     if (p.mask != nullptr) {
       // Selected, not only added: a NaN score of a hidden key must not survive.
       const V bias = outside ? hidden : load(row + j);
@@ -88,7 +96,8 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
 }
 
 // exp(scale·s) = 2^(c·s); with score terms the scale has been applied already.
-template <class C> C exponent_scale(const AttentionParams& p) {
+template <class C>
+C exponent_scale(const AttentionParams& p) {
   return static_cast<C>(log2_e * (has_score_terms(p) ? 1.0 : p.scale));
 }
 

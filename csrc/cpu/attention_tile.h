@@ -1,7 +1,7 @@
 // The two products of attention on packed tiles: a block of 6 query rows against 64 or 128 keys.
 //
-// K is packed in panels of NR keys, [D][NR], so that one load serves NR keys and the query element is
-// a broadcast (tile_product.h); V keeps its rows, padded to whole vectors.
+// K is packed in panels of NR keys, [D][NR], so that one load serves NR keys and the query element
+// is a broadcast (tile_product.h); V keeps its rows, padded to whole vectors.
 //
 // Wide<C>: everything in the compute type C. Dot: bf16 pairs for the bf16 dot product, K as
 // [D/2][NR][2], V as [keys/2][Dv][2], P rounded to bf16; products are exact, sums in float.
@@ -13,7 +13,8 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 
 // Packs `count` rows of K (row stride in elements) into one panel [length][NR] of E, where a row is
-// read as `length` elements of type E through load_row(row, at, n) -> vector; missing rows are zero.
+// read as `length` elements of type E through load_row(row, at, n) -> vector; missing rows are
+// zero.
 template <class V, class E, int W, class LoadRow>
 inline void pack_panel(E* panel, int64_t count, int64_t length, const LoadRow& load_row) {
   constexpr int NR = NV * W;
@@ -31,9 +32,11 @@ inline void pack_panel(E* panel, int64_t count, int64_t length, const LoadRow& l
 }
 
 // acc[i] for the 6 rows of O, nv vectors wide: loaded times alpha, the tile's P·V added, stored.
-template <class C> using vec_of = typename Vec<C>::type;
+template <class C>
+using vec_of = typename Vec<C>::type;
 
-template <class C> struct Wide {
+template <class C>
+struct Wide {
   typedef C Compute;
   typedef C Packed;
   typedef vec_of<C> V;
@@ -53,13 +56,14 @@ template <class C> struct Wide {
 
   // Packs `count` rows of V into rows of `padded` elements; returns 0, or NaN if any is not finite.
   template <class T>
-  static C pack_v(Packed* packed, const T* v, int64_t stride, int64_t count, int64_t rows, int64_t dv,
-                  int64_t padded) {
+  static C pack_v(Packed* packed, const T* v, int64_t stride, int64_t count, int64_t rows,
+                  int64_t dv, int64_t padded) {
     V finite{};
     for (int64_t n = 0; n < rows; ++n) {
       for (int64_t j = 0; j < padded; j += W) {
         V x{};
-        if (n < count && j < dv) x = dv - j >= W ? load(v + n * stride + j) : load(v + n * stride + j, dv - j);
+        if (n < count && j < dv)
+          x = dv - j >= W ? load(v + n * stride + j) : load(v + n * stride + j, dv - j);
         finite += x - x;
         store(packed + n * padded + j, x);
       }
@@ -68,7 +72,8 @@ template <class C> struct Wide {
   }
 
   // One row of Q.
-  template <class T> static void pack_q(Packed* packed, const T* q, int64_t d) {
+  template <class T>
+  static void pack_q(Packed* packed, const T* q, int64_t d) {
     int64_t j = 0;
     for (; j + W <= d; j += W) store(packed + j, load(q + j));
     if (j < d) store(packed + j, load(q + j, d - j), d - j);
@@ -85,7 +90,8 @@ template <class C> struct Wide {
                          const C* alpha, C* o) {
     V acc[MR][nv];
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] = load(o + r * padded + v * W) * alpha[r];
+      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
+          load(o + r * padded + v * W) * alpha[r];
     }
     for (int64_t n = 0; n < count; ++n) {
       V x[nv];
@@ -123,10 +129,10 @@ struct Dot {
   }
 
   static void pack_k(Packed* panel, const bf16* k, int64_t stride, int64_t count, int64_t d) {
-    pack_panel<vuint, uint32_t, W>(
-        reinterpret_cast<uint32_t*>(panel), count, (d + 1) / 2, [=](int64_t row, int64_t at, int64_t) {
-          return read_pairs(k + row * stride + 2 * at, d - 2 * at);
-        });
+    pack_panel<vuint, uint32_t, W>(reinterpret_cast<uint32_t*>(panel), count, (d + 1) / 2,
+                                   [=](int64_t row, int64_t at, int64_t) {
+                                     return read_pairs(k + row * stride + 2 * at, d - 2 * at);
+                                   });
   }
 
   static float pack_v(Packed* packed, const bf16* v, int64_t stride, int64_t count, int64_t rows,
@@ -136,11 +142,13 @@ struct Dot {
       for (int64_t j = 0; j < padded; j += W) {
         vfloat even{}, odd{};
         const int64_t left = dv - j < W ? dv - j : W;
-        if (n < count && left > 0) even = left == W ? load(v + n * stride + j) : load(v + n * stride + j, left);
+        if (n < count && left > 0)
+          even = left == W ? load(v + n * stride + j) : load(v + n * stride + j, left);
         if (n + 1 < count && left > 0)
           odd = left == W ? load(v + (n + 1) * stride + j) : load(v + (n + 1) * stride + j, left);
         finite += (even - even) + (odd - odd);
-        const vuint pairs = ((vuint)even >> 16) | (vuint)odd;  // a bf16 is the upper half of a float
+        const vuint pairs =
+            ((vuint)even >> 16) | (vuint)odd;  // a bf16 is the upper half of a float
         memcpy(packed + n * padded + 2 * j, &pairs, sizeof pairs);
       }
     }
@@ -163,15 +171,16 @@ struct Dot {
                          const float* alpha, float* o) {
     __m512 acc[MR][nv];
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v)
-        acc[r][v] = (__m512)(load(o + r * padded + v * W) * alpha[r]);
+      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
+          (__m512)(load(o + r * padded + v * W) * alpha[r]);
     }
     for (int64_t n = 0; n < count; n += 2) {
       __m512bh x[nv];
       PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load_pairs(values + n * padded + 2 * v * W);
       PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
         const __m512bh weight = broadcast_pair(p + r * BN + n);
-        PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], weight, x[v]);
+        PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
+            _mm512_dpbf16_ps(acc[r][v], weight, x[v]);
       }
     }
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {

@@ -5,17 +5,17 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define PYFUSE_DECLARE(ISA)                                                                \
-  namespace pyfuse::cpu::ISA {                                                             \
-  void attention(const AttentionParams&);                                                  \
-  void attention_decode(const AttentionParams&);                                           \
-  void linear(const LinearParams&);                                                        \
-  void linear_packed(const LinearParams&);                                                 \
-  void pack_linear(const LinearParams&);                                                   \
-  void norm(const NormParams&);                                                            \
-  void rope(const RopeParams&);                                                            \
-  static const Kernels table = {attention,   attention_decode, linear, linear_packed,      \
-                                pack_linear, norm,             rope};                      \
+#define PYFUSE_DECLARE(ISA)                                                         \
+  namespace pyfuse::cpu::ISA {                                                      \
+  void attention(const AttentionParams&);                                           \
+  void attention_decode(const AttentionParams&);                                    \
+  void linear(const LinearParams&);                                                 \
+  void linear_packed(const LinearParams&);                                          \
+  void pack_linear(const LinearParams&);                                            \
+  void norm(const NormParams&);                                                     \
+  void rope(const RopeParams&);                                                     \
+  static const Kernels table = {                                                    \
+      attention, attention_decode, linear, linear_packed, pack_linear, norm, rope}; \
   }
 
 #if defined(__x86_64__)
@@ -53,7 +53,7 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 #endif
 
 const Isa isas[] = {
-    // best first
+// best first
 #if defined(__x86_64__)
     {"avx512_bf16", &avx512_bf16::table, has_avx512_bf16},
     {"avx512", &avx512::table, has_avx512},
@@ -113,7 +113,6 @@ std::vector<std::string> available_isas() {
 void bad_switch_value(const char* what, int value) {
   throw std::invalid_argument(std::string(what) + ": no case for " + std::to_string(value));
 }
-
 
 void out_of_memory(int64_t bytes) {
   throw std::runtime_error("pyfuse: no memory for a workspace of " + std::to_string(bytes) +

@@ -6,10 +6,12 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
-constexpr int64_t SERIAL_BYTES = 128 * 1024;  // of w: below this one thread is done before two have woken
+constexpr int64_t SERIAL_BYTES =
+    128 * 1024;  // of w: below this one thread is done before two have woken
 
 // One dot product step: acc += x·w over a vector of w.
-template <class T> struct Step {
+template <class T>
+struct Step {
   static constexpr int lanes = width<T>;
   typedef vec_t<T> Acc;
   static PYFUSE_INLINE Acc run(Acc acc, const T* x, const T* w) { return acc + load(x) * load(w); }
@@ -18,7 +20,8 @@ template <class T> struct Step {
   }
 };
 #if defined(__AVX512BF16__)
-template <> struct Step<bf16> {
+template <>
+struct Step<bf16> {
   static constexpr int lanes = 32;
   typedef vfloat Acc;
   static PYFUSE_INLINE Acc run(Acc acc, const bf16* x, const bf16* w) {
@@ -33,12 +36,14 @@ template <> struct Step<bf16> {
 };
 #endif
 
-template <class T> class Linear {
+template <class T>
+class Linear {
   typedef compute_t<T> C;
   typedef vec_t<T> V;
   static constexpr int W = width<T>;
   static constexpr int GROUP = W;  // outputs of a task: one vector of y per row of x
-  // Rows of w in flight at a time: enough streams to keep the memory busy, few enough for registers.
+  // Rows of w in flight at a time: enough streams to keep the memory busy, few enough for
+  // registers.
   static constexpr int STREAMS = W < 8 ? W : 8;
 
   const LinearParams& p;
@@ -48,7 +53,8 @@ template <class T> class Linear {
   }
 
   // Products of R rows of x with STREAMS rows of w from row n on: sums[r][i].
-  template <int R> void dots(int64_t row, int64_t n, C (*sums)[GROUP]) const {
+  template <int R>
+  void dots(int64_t row, int64_t n, C (*sums)[GROUP]) const {
     constexpr int L = Step<T>::lanes;
     const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
     const T* w[STREAMS];
@@ -57,21 +63,22 @@ template <class T> class Linear {
     int64_t k = 0;
     for (; k + L <= p.k; k += L) {
       PYFUSE_UNROLL for (int i = 0; i < STREAMS; ++i) {
-        PYFUSE_UNROLL for (int r = 0; r < R; ++r)
-          acc[r][i] = Step<T>::run(acc[r][i], x + r * p.x_stride + k, w[i] + k);
+        PYFUSE_UNROLL for (int r = 0; r < R; ++r) acc[r][i] =
+            Step<T>::run(acc[r][i], x + r * p.x_stride + k, w[i] + k);
       }
     }
     if (k < p.k) {
       PYFUSE_UNROLL for (int i = 0; i < STREAMS; ++i) {
-        PYFUSE_UNROLL for (int r = 0; r < R; ++r)
-          acc[r][i] = Step<T>::run(acc[r][i], x + r * p.x_stride + k, w[i] + k, p.k - k);
+        PYFUSE_UNROLL for (int r = 0; r < R; ++r) acc[r][i] =
+            Step<T>::run(acc[r][i], x + r * p.x_stride + k, w[i] + k, p.k - k);
       }
     }
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < STREAMS; ++i) sums[r][i] = reduce_add(acc[r][i]);
   }
 
-  template <int R> void run_rows(int64_t row, int64_t n) const {
+  template <int R>
+  void run_rows(int64_t row, int64_t n) const {
     C sums[R][GROUP];
     for (int i = 0; i < GROUP; i += STREAMS) {
       C part[R][GROUP];
@@ -105,10 +112,14 @@ template <class T> class Linear {
 
 void linear(const LinearParams& p) {
   switch (p.dtype) {
-    case DType::f32: return Linear<float>(p).run();
-    case DType::bf16: return Linear<bf16>(p).run();
-    case DType::f16: return Linear<f16>(p).run();
-    case DType::f64: return Linear<double>(p).run();
+    case DType::f32:
+      return Linear<float>(p).run();
+    case DType::bf16:
+      return Linear<bf16>(p).run();
+    case DType::f16:
+      return Linear<f16>(p).run();
+    case DType::f64:
+      return Linear<double>(p).run();
   }
   bad_switch_value("linear: dtype", static_cast<int>(p.dtype));
 }

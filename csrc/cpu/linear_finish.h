@@ -12,21 +12,19 @@ PYFUSE_INLINE vfloat polynomial(vfloat x, const float* c, int degree) {
 }
 
 // GELU, x·Φ(x) = x/2·erfc(-x/√2). The tail is computed as erfc(t) = exp(-t²)/t·P(1/t²), never as
-// 1 - erf, which would lose it; below t = 1 erf is t·T(t²). Coefficients: S. Moshier, Cephes, ndtrf.
+// 1 - erf, which would lose it; below t = 1 erf is t·T(t²). Coefficients: S. Moshier, Cephes,
+// ndtrf.
 PYFUSE_INLINE vfloat gelu(vfloat x) {
-  static const float near_zero[] = {7.853861353153693e-5f,  -8.010193625184903e-4f,
-                                    5.188327685732524e-3f,  -2.685381193529856e-2f,
-                                    1.128358514861418e-1f,  -3.761262582423300e-1f,
-                                    1.128379165726710e+0f};
-  static const float middle[] = {2.326819970068386e-2f,  -1.387039388740657e-1f,
-                                 3.687424674597105e-1f,  -5.824733027278666e-1f,
-                                 6.210004621745983e-1f,  -4.944515323274145e-1f,
-                                 3.404879937665872e-1f,  -2.741127028184656e-1f,
-                                 5.638259427386472e-1f};
-  static const float far[] = {-1.047766399936249e+1f, 1.297719955372516e+1f,
-                              -7.495518717768503e+0f, 2.921019019210786e+0f,
-                              -1.015265279202700e+0f, 4.218463358204948e-1f,
-                              -2.820767439740514e-1f, 5.641895067754075e-1f};
+  static const float near_zero[] = {
+      7.853861353153693e-5f, -8.010193625184903e-4f, 5.188327685732524e-3f, -2.685381193529856e-2f,
+      1.128358514861418e-1f, -3.761262582423300e-1f, 1.128379165726710e+0f};
+  static const float middle[] = {
+      2.326819970068386e-2f,  -1.387039388740657e-1f, 3.687424674597105e-1f,
+      -5.824733027278666e-1f, 6.210004621745983e-1f,  -4.944515323274145e-1f,
+      3.404879937665872e-1f,  -2.741127028184656e-1f, 5.638259427386472e-1f};
+  static const float far[] = {
+      -1.047766399936249e+1f, 1.297719955372516e+1f, -7.495518717768503e+0f, 2.921019019210786e+0f,
+      -1.015265279202700e+0f, 4.218463358204948e-1f, -2.820767439740514e-1f, 5.641895067754075e-1f};
   const vfloat t = (x < 0.f ? -x : x) * 0.70710678f, square = t * t;
   const vfloat inverse = 1.f / (t < 1.f ? splat(1.f) : t), y = inverse * inverse;
   const vfloat tail =
@@ -36,18 +34,24 @@ PYFUSE_INLINE vfloat gelu(vfloat x) {
   return 0.5f * x * erfc;
 }
 PYFUSE_INLINE vdouble gelu(vdouble x) {
-  PYFUSE_UNROLL for (int i = 0; i < Vec<double>::width; ++i)
-    x[i] = 0.5 * x[i] * ::erfc(-x[i] * 0.70710678118654752440);
+  PYFUSE_UNROLL for (int i = 0; i < Vec<double>::width; ++i) x[i] =
+      0.5 * x[i] * ::erfc(-x[i] * 0.70710678118654752440);
   return x;
 }
 
-template <class C, class V> PYFUSE_INLINE V activate(Activation activation, V x) {
+template <class C, class V>
+PYFUSE_INLINE V activate(Activation activation, V x) {
   switch (activation) {
-    case Activation::none: return x;
-    case Activation::relu: return x < C(0) ? V{} : x;  // NaN stays NaN
-    case Activation::silu: return x / (C(1) + exp(-x));
-    case Activation::gelu: return gelu(x);
-    case Activation::gelu_tanh:  // x/2·(1 + tanh u) = x / (1 + e^-2u), which keeps the tail's digits
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < C(0) ? V{} : x;  // NaN stays NaN
+    case Activation::silu:
+      return x / (C(1) + exp(-x));
+    case Activation::gelu:
+      return gelu(x);
+    case Activation::gelu_tanh:  // x/2·(1 + tanh u) = x / (1 + e^-2u), which keeps the tail's
+                                 // digits
       return x / (C(1) + exp(C(-1.5957691216057307118) * (x + C(0.044715) * x * x * x)));
   }
   return x;

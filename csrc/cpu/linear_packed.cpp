@@ -1,12 +1,13 @@
 // y = act(x·wᵀ + bias) · multiply + residual for many rows: bound by arithmetic.
 //
-// w is packed once into panels of 64 outputs, [N/64][K][64] (bf16: [N/64][K/2][64][2], pairs for the
-// bf16 dot product), the same for every instruction set. A task is a block of rows, small enough that
-// its part of x stays in the second-level cache, against a few panels: each panel is fetched once per
-// task and used by all of its rows, six at a time (tile_product.h).
+// w is packed once into panels of 64 outputs, [N/64][K][64] (bf16: [N/64][K/2][64][2], pairs for
+// the bf16 dot product), the same for every instruction set. A task is a block of rows, small
+// enough that its part of x stays in the second-level cache, against a few panels: each panel is
+// fetched once per task and used by all of its rows, six at a time (tile_product.h).
 #include "cpu/linear_finish.h"
 #include "cpu/parallel.h"
 #include "cpu/tile_product.h"
+#include "cpu/transpose.h"
 #include "cpu/workspace.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
@@ -20,21 +21,25 @@ constexpr int64_t BLOCK_BYTES = 320 * 1024;  // of x, as it is multiplied
 constexpr int64_t SUM = 256;
 
 // How rows of x are multiplied with a panel: Row is their element type there.
-template <class T> struct Product {
+template <class T>
+struct Product {
   typedef compute_t<T> Row;
   static constexpr int pair = 1;  // elements of K that lie together in a panel
-  static void run(const Row* rows, int64_t stride, const T* panel, int64_t length, compute_t<T>* sums) {
+  static void run(const Row* rows, int64_t stride, const T* panel, int64_t length,
+                  compute_t<T>* sums) {
     constexpr int step = NV * width<T>;
     static_assert(PANEL % step == 0, "a panel is a whole number of register tiles");
     for (int j = 0; j < PANEL; j += step) {
       for (int64_t k = 0; k == 0 || k < length; k += SUM) {
         const int64_t terms = length - k < SUM ? length - k : SUM;
-        multiply_panel(rows + k, stride, panel + k * PANEL + j, PANEL, terms, sums + j, PANEL, k > 0);
+        multiply_panel(rows + k, stride, panel + k * PANEL + j, PANEL, terms, sums + j, PANEL,
+                       k > 0);
       }
     }
   }
 };
-template <> struct Product<bf16> {
+template <>
+struct Product<bf16> {
   typedef pair_row Row;
   static constexpr int pair = 2;
   static void run(const Row* rows, int64_t stride, const bf16* panel, int64_t length, float* sums) {
@@ -42,16 +47,21 @@ template <> struct Product<bf16> {
     for (int j = 0; j < PANEL; j += step) {
       for (int64_t k = 0; k == 0 || k < length; k += SUM) {
         const int64_t terms = length - k < SUM ? length - k : SUM;
-        multiply_pairs(rows + k, stride, panel + k * PANEL + 2 * j, PANEL, terms / 2, sums + j, PANEL, k > 0);
+        multiply_pairs(rows + k, stride, panel + k * PANEL + 2 * j, PANEL, terms / 2, sums + j,
+                       PANEL, k > 0);
       }
     }
   }
 };
 
 PYFUSE_INLINE void copy_element(bf16 from, bf16& to) { to = from; }
-template <class T> PYFUSE_INLINE void copy_element(T from, compute_t<T>& to) { to = to_compute(from); }
+template <class T>
+PYFUSE_INLINE void copy_element(T from, compute_t<T>& to) {
+  to = to_compute(from);
+}
 
-template <class T> class PackedLinear {
+template <class T>
+class PackedLinear {
   typedef compute_t<T> C;
   typedef typename Product<T>::Row Row;
 
@@ -65,7 +75,8 @@ template <class T> class PackedLinear {
   const bool in_place = sizeof(T) == sizeof(Row) && length == p.k;
 
   static int64_t block_rows(int64_t length) {
-    const int64_t fit = BLOCK_BYTES / (static_cast<int64_t>(sizeof(Row)) * (length > 0 ? length : 1));
+    const int64_t fit =
+        BLOCK_BYTES / (static_cast<int64_t>(sizeof(Row)) * (length > 0 ? length : 1));
     const int64_t rows = fit / MR * MR;
     return rows < 2 * MR ? 2 * MR : rows > 42 * MR ? 42 * MR : rows;
   }
@@ -77,7 +88,8 @@ template <class T> class PackedLinear {
 
   void multiply(const Row* rows, int64_t stride, int64_t first, int64_t count, int64_t panel,
                 C* sums) const {
-    Product<T>::run(rows, stride, static_cast<const T*>(p.w) + panel * length * PANEL, length, sums);
+    Product<T>::run(rows, stride, static_cast<const T*>(p.w) + panel * length * PANEL, length,
+                    sums);
     for (int64_t r = 0; r < count; ++r)
       finish_outputs<T>(p, first + r, panel * PANEL, sums + r * PANEL, PANEL);
   }
@@ -124,19 +136,52 @@ template <class T> class PackedLinear {
   }
 };
 
-// w transposed, panel by panel; outputs past N and elements past K are zeros.
-template <class T> void pack(const LinearParams& p) {
+// w transposed, panel by panel, in units of `pair` elements; outputs past N and elements past K are
+// zeros.
+template <class T>
+void pack_plainly(const LinearParams& p, int64_t panel, int64_t from, T* to) {
+  constexpr int pair = Product<T>::pair;
+  to += from * PANEL;
+  for (int64_t k = from; k < p.k; k += pair) {
+    for (int64_t j = 0; j < PANEL; ++j) {
+      const int64_t n = panel * PANEL + j;
+      for (int i = 0; i < pair; ++i, ++to)
+        *to = n < p.n && k + i < p.k ? static_cast<const T*>(p.w)[n * p.w_stride + k + i] : T{};
+    }
+  }
+}
+
+// The same where a unit is four bytes, by squares of W units in registers; the units it has done.
+template <class T>
+int64_t pack_squares(const LinearParams& p, int64_t panel, T* to) {
+  constexpr int W = Vec<float>::width, pair = Product<T>::pair;
+  const int64_t units = p.k / pair / W * W;
+  for (int64_t k = 0; k < units; k += W) {
+    for (int64_t j = 0; j < PANEL; j += W) {
+      vuint square[W];
+      PYFUSE_UNROLL for (int i = 0; i < W; ++i) {
+        const int64_t n = panel * PANEL + j + i;
+        square[i] = vuint{};
+        if (n < p.n)
+          memcpy(&square[i], static_cast<const T*>(p.w) + n * p.w_stride + k * pair, sizeof(vuint));
+      }
+      transpose(square);
+      PYFUSE_UNROLL for (int i = 0; i < W; ++i)
+          memcpy(static_cast<void*>(to + ((k + i) * PANEL + j) * pair), &square[i], sizeof(vuint));
+    }
+  }
+  return units * pair;
+}
+
+template <class T>
+void pack(const LinearParams& p) {
   constexpr int pair = Product<T>::pair;
   const int64_t length = (p.k + pair - 1) / pair * pair;
   parallel_for((p.n + PANEL - 1) / PANEL, p.threads, [&](int64_t panel, int) {
     T* to = static_cast<T*>(p.y) + panel * length * PANEL;
-    for (int64_t k = 0; k < length; k += pair) {
-      for (int64_t j = 0; j < PANEL; ++j) {
-        const int64_t n = panel * PANEL + j;
-        for (int i = 0; i < pair; ++i, ++to)
-          *to = n < p.n && k + i < p.k ? static_cast<const T*>(p.w)[n * p.w_stride + k + i] : T{};
-      }
-    }
+    int64_t done = 0;
+    if constexpr (sizeof(T) * pair == 4) done = pack_squares(p, panel, to);
+    pack_plainly(p, panel, done, to);
   });
 }
 
@@ -144,20 +189,28 @@ template <class T> void pack(const LinearParams& p) {
 
 void linear_packed(const LinearParams& p) {
   switch (p.dtype) {
-    case DType::f32: return PackedLinear<float>(p).run();
-    case DType::bf16: return PackedLinear<bf16>(p).run();
-    case DType::f16: return PackedLinear<f16>(p).run();
-    case DType::f64: return PackedLinear<double>(p).run();
+    case DType::f32:
+      return PackedLinear<float>(p).run();
+    case DType::bf16:
+      return PackedLinear<bf16>(p).run();
+    case DType::f16:
+      return PackedLinear<f16>(p).run();
+    case DType::f64:
+      return PackedLinear<double>(p).run();
   }
   bad_switch_value("linear_packed: dtype", static_cast<int>(p.dtype));
 }
 
 void pack_linear(const LinearParams& p) {
   switch (p.dtype) {
-    case DType::f32: return pack<float>(p);
-    case DType::bf16: return pack<bf16>(p);
-    case DType::f16: return pack<f16>(p);
-    case DType::f64: return pack<double>(p);
+    case DType::f32:
+      return pack<float>(p);
+    case DType::bf16:
+      return pack<bf16>(p);
+    case DType::f16:
+      return pack<f16>(p);
+    case DType::f64:
+      return pack<double>(p);
   }
   bad_switch_value("pack_linear: dtype", static_cast<int>(p.dtype));
 }

@@ -1,9 +1,9 @@
 // The innermost product, shared by attention's q·kᵀ and by linear layers: 6 rows against one packed
 // panel, everything in registers.
 //
-// 6 x 4 accumulators of a vector each fill an AVX-512 register file (24 + 4 + 1 of 32), 6 x 2 an AVX2
-// one (12 + 2 + 1 of 16). Each step loads NV vectors of the panel and one element of each row, the
-// latter as a broadcast: 10 loads for 24 multiply-adds, which two load ports keep up with.
+// 6 x 4 accumulators of a vector each fill an AVX-512 register file (24 + 4 + 1 of 32), 6 x 2 an
+// AVX2 one (12 + 2 + 1 of 16). Each step loads NV vectors of the panel and one element of each row,
+// the latter as a broadcast: 10 loads for 24 multiply-adds, which two load ports keep up with.
 #pragma once
 #include "cpu/vec.h"
 
@@ -61,10 +61,12 @@ inline void multiply_pairs(const bf16* rows, int64_t row_stride, const bf16* pan
   vfloat acc[MR][NV] = {};
   for (int64_t j = 0; j < pairs; ++j) {
     __m512bh b[NV];
-    PYFUSE_UNROLL for (int v = 0; v < NV; ++v) b[v] = load_pairs(panel + 2 * (j * panel_stride + v * W));
+    PYFUSE_UNROLL for (int v = 0; v < NV; ++v) b[v] =
+        load_pairs(panel + 2 * (j * panel_stride + v * W));
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       const __m512bh a = broadcast_pair(rows + r * row_stride + 2 * j);
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] = (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], a, b[v]);
+      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] =
+          (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], a, b[v]);
     }
   }
   put_tile(acc, out, out_stride, add);
@@ -85,7 +87,8 @@ inline void multiply_pairs(const float* rows, int64_t row_stride, const bf16* pa
       odd[v] = (vfloat)(both & 0xffff0000u);
     }
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      const vfloat a = splat(rows[r * row_stride + 2 * j]), b = splat(rows[r * row_stride + 2 * j + 1]);
+      const vfloat a = splat(rows[r * row_stride + 2 * j]),
+                   b = splat(rows[r * row_stride + 2 * j + 1]);
       PYFUSE_UNROLL for (int v = 0; v < NV; ++v) {
         acc[r][v] += a * even[v];
         acc[r][v] += b * odd[v];

@@ -168,7 +168,8 @@ PYFUSE_INLINE vdouble load(const double* p) {
   return v;
 }
 PYFUSE_INLINE vfloat load(const bf16* p) {
-#if defined(__AVX512F__)  // one widening load; GCC 12 makes four instructions of the conversion below
+#if defined(__AVX512F__)  // one widening load; GCC 12 makes four instructions of the conversion
+                          // below
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
 #elif defined(__AVX2__)

@@ -41,7 +41,8 @@ PYFUSE_INLINE vfloat round_to_integer(vfloat x) {
 // x, but not below -200 (so that x - n is never inf - inf); NaN stays NaN.
 PYFUSE_INLINE vfloat not_below_minus_200(vfloat x) {
 #if defined(__AVX512F__)
-  return (vfloat)_mm512_max_ps(_mm512_set1_ps(-200.f), (__m512)x);  // the second operand wins for NaN
+  return (vfloat)_mm512_max_ps(_mm512_set1_ps(-200.f),
+                               (__m512)x);  // the second operand wins for NaN
 #else
   return x < -200.f ? splat(-200.f) : x;
 #endif

@@ -29,7 +29,8 @@ class Workspace {
 class Carver {
  public:
   explicit Carver(char* base) : base_(base) {}
-  template <class T> T* take(int64_t count) {
+  template <class T>
+  T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
     used_ += Workspace::round_up(count * static_cast<int64_t>(sizeof(T)));
     return piece;

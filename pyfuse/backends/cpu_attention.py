@@ -46,7 +46,9 @@ def _mask_arguments(mask: Tensor | None, sizes: tuple[int, ...]) -> tuple[int, A
     if mask is None:
         return _NO_MASK
     batch, heads, _, rows, keys, *_rest = sizes
-    expanded = mask.expand(batch, heads, rows, keys)  # zero strides where broadcast; nothing is copied
+    expanded = mask.expand(
+        batch, heads, rows, keys
+    )  # zero strides where broadcast; nothing is copied
     code = -1 if mask.dtype == torch.bool else DTYPE[mask.dtype]
     return expanded.data_ptr(), expanded.stride(), code
 

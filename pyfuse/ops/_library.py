@@ -33,7 +33,11 @@ def _fake_attention(
     # o keeps the memory order of q ([B, M, Hq, D] as a rule).
     batch, heads, rows, _d = q.shape
     shape = (batch, heads, rows, v.shape[-1])
-    o = q.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2) if _rows_first(q) else q.new_empty(shape)
+    o = (
+        q.new_empty((batch, rows, heads, v.shape[-1])).transpose(1, 2)
+        if _rows_first(q)
+        else q.new_empty(shape)
+    )
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return [o, q.new_empty(shape[:3], dtype=lse_dtype)] if return_lse else [o]
 
@@ -51,8 +55,10 @@ def _fake_norm(
     casting: str = "",
     **__: Any,
 ) -> list[torch.Tensor]:
-    promoted = casting == "llama" and weight is not None
-    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype) if promoted else x.dtype)
+    dtype = x.dtype
+    if casting == "llama" and weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    y = torch.empty_like(x, dtype=dtype)
     z_like = x if residual is None else residual
     return [y, torch.empty_like(z_like)] if prenorm else [y]
 
@@ -74,7 +80,9 @@ _library = torch.library.Library("pyfuse", "DEF")
 def _define(op: str) -> None:
     tensor_count = SCHEMAS[op].split("*")[0].count("Tensor")
 
-    def kernel(*tensors: torch.Tensor | None, backend: str | None, **options: Any) -> list[torch.Tensor]:
+    def kernel(
+        *tensors: torch.Tensor | None, backend: str | None, **options: Any
+    ) -> list[torch.Tensor]:
         assert len(tensors) == tensor_count
         tensors = tuple(None if t is None else t.resolve_neg() for t in tensors)
         result = dispatch.choose(op, tensors, options, backend).fn(*tensors, **options)
