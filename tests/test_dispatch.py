@@ -114,7 +114,7 @@ def test_kernels_refuse_null_pointers() -> None:
     with pytest.raises(ValueError, match="q: null data pointer"):
         module().attention(
             0, (1, 1, 1, 1), 1, (1, 1, 1, 1), 1, (1, 1, 1, 1), 1, (1, 1, 1, 1), 0,
-            (1, 1, 1, 1, 1, 8, 8), 0, 1.0, 0.0, -1, -1, 0, 0, 0, 1, 0, None, 0,
+            (1, 1, 1, 1, 1, 8, 8), 0, 1.0, 0.0, -1, -1, 0, 0, 0, 1, False, 0, None, 0,
         )  # fmt: skip
     with pytest.raises(ValueError, match="x: null data pointer"):
         module().linear(0, 8, 1, 8, 0, 1, 8, 1, 8, 8, 0, 0, 0, 0, 0, 0, 1)
@@ -142,11 +142,13 @@ def test_import_is_light() -> None:
 def test_operators_pass_opcheck() -> None:
     c = torch.randn(5, 4)
     mask = torch.rand(1, 1, 5, 5) > 0.3
-    options = dict(
-        mask=mask, causal=True, window=None, softcap=None, sinks=None, alibi_slopes=None, seqlens_k=None,
-        dropout_p=0.0, dropout_seed=None, scale=0.3, return_lse=True, backend=None,
-    )  # fmt: skip
-    norm = dict(residual=Q.clone(), prenorm=True, dropout_p=0.0, dropout_seed=None, backend=None)
+    options = {
+        "mask": mask, "causal": True, "window": None, "softcap": None, "sinks": None, "alibi_slopes": None,
+        "seqlens_k": None, "dropout_p": 0.0, "dropout_seed": None, "scale": 0.3, "return_lse": True, "backend": None,
+    }  # fmt: skip
+    none = {"dropout_p": 0.0, "dropout_seed": None, "backend": None}
+    norm = {"residual": Q.clone(), "prenorm": True, **none}
+    rope = {"layout": "half", "positions": None, "inplace": False, "backend": None}
     ops = torch.ops.pyfuse
     from pyfuse.ops import _library  # noqa: F401  defines the operators
 
@@ -154,6 +156,6 @@ def test_operators_pass_opcheck() -> None:
         (ops.attention, (Q, Q.clone(), Q.clone()), options),
         (ops.layer_norm, (Q, torch.ones(8), None), {"eps": 1e-5, **norm}),
         (ops.rms_norm, (Q, torch.ones(8)), {"eps": 1e-5, "casting": "llama", **norm}),
-        (ops.rope, (Q, c, c), dict(layout="half", positions=None, inplace=False, backend=None)),
+        (ops.rope, (Q, c, c), rope),
     ):
         torch.library.opcheck(op.default, args, kwargs)

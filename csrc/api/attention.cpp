@@ -64,11 +64,12 @@ void register_attention(py::module_& m) {
          uintptr_t v, const py::tuple& v_stride, uintptr_t o, const py::tuple& o_stride,
          uintptr_t lse, const py::tuple& sizes, int dtype, double scale, double softcap,
          int64_t window_left, int64_t window_right, uintptr_t seqlens_k, uintptr_t sinks,
-         uintptr_t alibi_slopes, int threads, uintptr_t mask, const py::object& mask_stride,
-         int mask_dtype) {
+         uintptr_t alibi_slopes, int threads, bool align_to_seqlens, uintptr_t mask,
+         const py::object& mask_stride, int mask_dtype) {
         AttentionParams p = attention_params(q, q_stride, k, k_stride, v, v_stride, o, o_stride,
                                              lse, sizes, dtype, scale, softcap, window_left,
                                              window_right, seqlens_k, sinks, alibi_slopes, threads);
+        p.align_to_seqlens = align_to_seqlens && p.seqlens_k != nullptr;
         if (!mask_stride.is_none()) set_mask(p, mask, mask_stride, mask_dtype);
         run(p);
       },

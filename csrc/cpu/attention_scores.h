@@ -12,8 +12,13 @@ struct KeyRange {
   int64_t lo, hi;
 };
 
+// The key that query m stands on; the last query's is the last key.
+inline int64_t diagonal_key(const AttentionParams& p, int64_t b, int64_t m) {
+  return m + (p.align_to_seqlens ? p.seqlens_k[b] : p.keys) - p.queries;
+}
+
 inline KeyRange visible_keys(const AttentionParams& p, int64_t b, int64_t m) {
-  const int64_t diagonal = m + p.keys - p.queries;
+  const int64_t diagonal = diagonal_key(p, b, m);
   int64_t lo = 0, hi = p.keys;
   if (p.seqlens_k != nullptr && p.seqlens_k[b] < hi) hi = p.seqlens_k[b];
   if (p.window_right >= 0 && diagonal + p.window_right + 1 < hi) hi = diagonal + p.window_right + 1;
@@ -70,7 +75,7 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
   const bool terms = has_score_terms(p);
   const C scale = static_cast<C>(p.scale), cap = static_cast<C>(p.softcap);
   const C slope = p.alibi_slopes != nullptr ? static_cast<C>(p.alibi_slopes[h]) : C(0);
-  const C diagonal = static_cast<C>(m + p.keys - p.queries - n);
+  const C diagonal = static_cast<C>(diagonal_key(p, b, m) - n);
   if (p.mask != nullptr) {
     const int64_t count = range.hi - n < width ? range.hi - n : width;
     mask_row(p, b, h, m, n, count > 0 ? count : 0, row);

@@ -10,6 +10,9 @@ __all__ = ["OPS", "available_isas", "isa", "select_isa", "why_unavailable"]
 
 OPS: dict[str, Impl] = {
     "attention": Impl(cpu_attention.attention, cpu_attention.why_not_attention),
+    "decode_attention": Impl(
+        cpu_attention.decode_attention, cpu_attention.why_not_decode_attention
+    ),
     "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
     "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),
     "rope": Impl(cpu_rope.rope, cpu_rope.why_not_rope),

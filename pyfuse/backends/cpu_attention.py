@@ -69,15 +69,16 @@ def attention(
     dropout_seed: Tensor | None = None,
     scale: float = 1.0,
     return_lse: bool = False,
+    align_to_seqlens: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.attention. align_to_seqlens: as in pyfuse.decode_attention."""
     batch, heads, rows, d = q.shape
     sizes = (batch, heads, k.shape[1], rows, k.shape[2], d, v.shape[3])
     o = _empty_like_q(q, v.shape[3])
     lse = None
     if return_lse:
-        lse = q.new_empty(
-            (batch, heads, rows), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32
-        )
+        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        lse = q.new_empty((batch, heads, rows), dtype=lse_dtype)
     # The kernel reads these three as int64 and float32, contiguous: a few numbers each.
     lengths = None if seqlens_k is None else seqlens_k.to(torch.int64).contiguous()
     sink = None if sinks is None else sinks.to(torch.float32).contiguous()
@@ -89,7 +90,28 @@ def attention(
             o.data_ptr(), o.stride(), 0 if lse is None else lse.data_ptr(), sizes, DTYPE[q.dtype],
             scale, softcap or 0.0, left, right,
             0 if lengths is None else lengths.data_ptr(), 0 if sink is None else sink.data_ptr(),
-            0 if slope is None else slope.data_ptr(), torch.get_num_threads(),
+            0 if slope is None else slope.data_ptr(), torch.get_num_threads(), align_to_seqlens,
             *_mask_arguments(mask, sizes),
         )  # fmt: skip
     return o if lse is None else (o, lse)
+
+
+def why_not_decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, block_table: Tensor | None = None, **_: Any
+) -> str | None:
+    if block_table is not None:
+        return "the kernels read a contiguous cache only, not a paged one"
+    return why_not_attention(q, k_cache, v_cache)
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    seqlens_k: Tensor,
+    block_table: None = None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.decode_attention."""
+    return attention(q, k_cache, v_cache, seqlens_k=seqlens_k, align_to_seqlens=True, **options)

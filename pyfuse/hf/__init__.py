@@ -1,8 +1,8 @@
-"""Hugging Face transformers: :func:`accelerate` a live model, :func:`undo` it, and the :class:`Receipt`.
+"""Hugging Face transformers: :func:`accelerate` a live model; the :class:`Receipt`; :func:`undo`.
 
-Importing this package registers the attention and mask functions ``"pyfuse"`` and ``"pyfuse-eager"``, so that
-``from_pretrained(..., attn_implementation="pyfuse")`` works as well. The second name differs only in what runs where
-pyfuse does not: the model's own eager attention rather than torch's scaled_dot_product_attention.
+Importing this package registers the attention and mask functions "pyfuse" and "pyfuse-eager", so
+that ``from_pretrained(..., attn_implementation="pyfuse")`` works as well. The second name differs
+in what runs where pyfuse does not: the model's own eager attention rather than torch's sdpa.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ except ModuleNotFoundError as error:
     if error.name != "transformers":
         raise
     raise ImportError(
-        "pyfuse.accelerate needs Hugging Face transformers: pip install 'pyfuse[hf]'", name="transformers"
+        "pyfuse.accelerate needs Hugging Face transformers: pip install 'pyfuse[hf]'",
+        name="transformers",
     ) from error
 
-OLDEST, NEXT_MAJOR = (5, 23), (6,)  # what the tests have run on; the attention interface changes between majors
+OLDEST, NEXT_MAJOR = (
+    (5, 23),
+    (6,),
+)  # what the tests have run on; the attention interface changes between majors
 _version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 if not OLDEST <= _version < NEXT_MAJOR:
     raise ImportError(
@@ -25,7 +29,7 @@ if not OLDEST <= _version < NEXT_MAJOR:
         name="transformers",
     )
 
-from pyfuse.hf.accelerate import accelerate, undo  # noqa: E402
+from pyfuse.hf.entry import accelerate, undo  # noqa: E402
 from pyfuse.hf.receipt import AccuracyError, Receipt  # noqa: E402
 
 __all__ = ["AccuracyError", "Receipt", "accelerate", "undo"]

@@ -7,19 +7,41 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import create_position_bias_mask, sdpa_attention_forward
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.integrations.sdpa_attention import (
+    create_position_bias_mask,
+    sdpa_attention_forward,
+)
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import output_capturing
 
 from pyfuse.hf.masks import CompactMask
 from pyfuse.ops.attention import attention
 
-# What models pass along that no attention function uses. Any other argument that is set may change the result, so
-# the call then goes to the stock function, which does with it what it did before.
+# What models pass along that no attention function uses. Any other argument that is set may change
+# the result: the call then goes to the stock function, which does with it what it did before.
 IGNORED = frozenset(
-    "cache_position cu_seq_lens_k cu_seq_lens_q deterministic encoder_attention_mask encoder_hidden_states "
-    "max_length_k max_length_q num_items_in_batch output_attentions output_hidden_states output_router_logits "
-    "past_key_values position_embeddings position_ids return_dict sliding_window token_type_ids use_cache".split()
+    [
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "deterministic",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "past_key_values",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "token_type_ids",
+        "use_cache",
+    ]
 )
 NAMES = ("pyfuse", "pyfuse-eager")  # the second: stock for this model is its own eager attention
 Result = tuple[Tensor, Tensor | None]
@@ -39,16 +61,17 @@ def pyfuse_attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> Result:
-    """softmax(scaling · query keyᵀ + bias, over what the mask allows) value, as [B, M, H, Dv] contiguous.
+    """softmax(scaling · query keyᵀ + bias, over what the mask allows) value, and None for weights.
 
-    query [B, Hq, M, D], key [B, Hk, N, D], value [B, Hk, N, Dv], as models call it; attention_mask from
-    :func:`pyfuse.hf.masks.pyfuse_mask`, or the user's own 4-D tensor. As with stock sdpa, the mask is the whole truth
-    about the window (``sliding_window`` is only a hint), and None means causal where the module is.
+    query [B, Hq, M, D], key [B, Hk, N, D], value [B, Hk, N, Dv], as models call it; the result is
+    [B, M, Hq, Dv], contiguous. attention_mask: from :func:`pyfuse.hf.masks.pyfuse_mask`, or the
+    user's own 4-D tensor. As with stock sdpa the mask is the whole truth about the window
+    (``sliding_window`` is only a hint), and None means causal where the module is.
     """
     if (
         dropout
         or (kwargs and _needs_stock(kwargs))
-        or _gradient_wanted(query, key, value, position_bias, attention_mask)
+        or _gradient_wanted(query, key, value, position_bias, s_aux, attention_mask)
         or not _plain_call(query, key, value)
     ):
         options = {"is_causal": is_causal, "position_bias": position_bias, "s_aux": s_aux, **kwargs}
@@ -56,60 +79,95 @@ def pyfuse_attention(
             options["softcap"] = softcap
         return stock(module, query, key, value, attention_mask, dropout, scaling, options)
 
-    if position_bias is not None and _adds_nothing(module):
-        position_bias = None
-    mask, causal, window, seqlens_k = None, False, None, None
+    if position_bias is not None:
+        position_bias = _prepared(position_bias)
     if attention_mask is None:
         rows = query.shape[2]
-        if rows > 1 and (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
-            causal = True
-            if key.shape[2] > rows:  # the first forward pass with a static cache: the rest of it is empty
-                key, value = key[:, :, :rows], value[:, :, :rows]
-                position_bias = None if position_bias is None else position_bias[..., :rows]
-        mask = position_bias
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        causal = bool(is_causal) and rows > 1
+        if causal and key.shape[2] > rows:  # the first pass with a static cache: the rest is empty
+            key, value = key[:, :, :rows], value[:, :, :rows]
+            position_bias = None if position_bias is None else position_bias[..., :rows]
+        out = attention(
+            query, key, value, mask=position_bias, causal=causal, softcap=softcap, sinks=s_aux,
+            scale=scaling,
+        )  # fmt: skip
     elif type(attention_mask) is CompactMask:
-        causal, window, seqlens_k = attention_mask.causal, attention_mask.window, attention_mask.seqlens_k
-        mask = attention_mask.key_mask
-        keys = attention_mask.keys
-        if key.shape[2] != attention_mask.kv_length:
-            raise ValueError(
-                f"attention_mask: made for {attention_mask.kv_length} keys, but key has {key.shape[2]}"
-            )
-        if keys != key.shape[2]:
-            key, value = key[:, :, :keys], value[:, :, :keys]
-            position_bias = None if position_bias is None else position_bias[..., :keys]
-        if position_bias is not None:
-            mask = position_bias if mask is None else attention_mask.biased(position_bias)
-    elif isinstance(attention_mask, Tensor):
-        mask = attention_mask
-        if position_bias is not None:
-            mask = create_position_bias_mask(position_bias, mask, False, query, key)
-    else:
-        raise TypeError(
-            f"attention_mask: got {type(attention_mask).__name__}, needs a tensor, None or pyfuse's own mask"
+        out = _with_compact(
+            query, key, value, attention_mask, position_bias, softcap, s_aux, scaling
         )
-    out = attention(
-        query, key, value, mask=mask, causal=causal, window=window, softcap=softcap, sinks=s_aux,
-        seqlens_k=seqlens_k, scale=scaling,
-    )  # fmt: skip
+    elif isinstance(attention_mask, Tensor):
+        if position_bias is not None:
+            attention_mask = create_position_bias_mask(
+                position_bias, attention_mask, False, query, key
+            )
+        out = attention(
+            query, key, value, mask=attention_mask, softcap=softcap, sinks=s_aux, scale=scaling
+        )
+    else:
+        kind = type(attention_mask).__name__
+        raise TypeError(f"attention_mask: got {kind}, needs a tensor, None or pyfuse's own mask")
     return out.transpose(1, 2).contiguous(), None
+
+
+def _with_compact(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: CompactMask,
+    position_bias: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    keys, key_mask = mask.keys, mask.key_mask
+    if key.shape[2] != mask.kv_length:
+        raise ValueError(
+            f"attention_mask: made for {mask.kv_length} keys, but key has {key.shape[2]}"
+        )
+    if keys != mask.kv_length:
+        key, value = key[:, :, :keys], value[:, :, :keys]
+        position_bias = None if position_bias is None else position_bias[..., :keys]
+    if position_bias is not None:
+        key_mask = position_bias if key_mask is None else mask.biased(position_bias)
+    return attention(
+        query, key, value, mask=key_mask, causal=mask.causal, window=mask.window, softcap=softcap,
+        sinks=sinks, seqlens_k=mask.seqlens_k, scale=scale,
+    )  # fmt: skip
 
 
 def _needs_stock(kwargs: dict[str, Any]) -> bool:
     """Attention weights are asked for, or there is an argument that this function does not know."""
-    if kwargs.get("output_attentions"):
-        return True
-    return any(name not in IGNORED and kwargs[name] is not None for name in kwargs)
+    for name, value in kwargs.items():
+        if value is not None and (name not in IGNORED or (name == "output_attentions" and value)):
+            return True
+    return False
 
 
-def _adds_nothing(module: nn.Module) -> bool:
-    """T5's cross-attention has no position bias, but passes zeros."""
-    state = getattr(module, "_pyfuse", None)
-    return state is not None and state.zero_bias
+_biases = WeakIdKeyDictionary()  # position bias -> (its version, what replaces it, it stays)
+
+
+def _prepared(bias: Tensor) -> Tensor | None:
+    """T5's position bias as the kernel likes it: contiguous, and None if it is all zeros.
+
+    T5 makes it once per forward pass, strided by the heads, and hands it to every layer; its
+    cross-attention, which has none, makes zeros.
+    """
+    if torch.compiler.is_compiling() or type(bias) is not Tensor:
+        return bias
+    version = 0 if bias.is_inference() else bias._version
+    known: tuple[int, Tensor | None, bool] | None = _biases.get(bias)
+    if known is None or known[0] != version:
+        as_is, needed = bias.is_contiguous(), bool(bias.any())
+        # A bias that is used as it is has no place in its own entry: that would keep it alive.
+        known = (version, bias.contiguous() if needed and not as_is else None, needed and as_is)
+        _biases[bias] = known
+    return bias if known[2] else known[1]
 
 
 def _gradient_wanted(*tensors: Any) -> bool:
-    """Whether autograd has to see this call. The kernels have no backward yet: torch's own attention runs then.
+    """Whether autograd has to see this call: stock runs then, since the kernels have no backward.
 
     This is the one place to relax once pyfuse.attention has a backward kernel.
     """
@@ -119,19 +177,16 @@ def _gradient_wanted(*tensors: Any) -> bool:
 
 
 def _plain_call(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """No autocast, no recording of attention weights, equal batches (models with learned queries broadcast theirs)."""
+    """One dtype and batch size (learned queries broadcast), no autocast, no weights recorded."""
+    if not (query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]):
+        return False
     if torch.compiler.is_compiling():
-        return query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]
-    return (
-        query.dtype == key.dtype == value.dtype
-        and query.shape[0] == key.shape[0]
-        and not torch._C._is_any_autocast_enabled()
-        and not _weights_recorded()
-    )
+        return True
+    return not torch._C._is_any_autocast_enabled() and not _weights_recorded()
 
 
 def _weights_recorded() -> bool:
-    """``output_attentions=True`` reaches only the model's forward in some models, which then records what we return."""
+    """``output_attentions=True`` of a model that only records what attention returns."""
     collected = output_capturing._active_collector.get()
     return bool(collected) and any("attentions" in name for name in collected)
 
@@ -146,12 +201,14 @@ def stock(
     scaling: float | None,
     options: dict[str, Any],
 ) -> Result:
-    """What the model ran before: torch's sdpa or the model's eager attention (which also returns the weights)."""
+    """What the model ran before: torch's sdpa, or its eager attention, which returns weights."""
     compiling = torch.compiler.is_compiling()
     recording = options.get("output_attentions") or (not compiling and _weights_recorded())
     eager = recording or module.config._attn_implementation == "pyfuse-eager"  # type: ignore[union-attr]
     if not eager:
-        dense = attention_mask.dense() if type(attention_mask) is CompactMask else attention_mask
+        dense = (
+            attention_mask.dense() if isinstance(attention_mask, CompactMask) else attention_mask
+        )
         return sdpa_attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **options
         )
@@ -168,7 +225,7 @@ def eager_forward(module: nn.Module) -> Any:
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None:
         raise NotImplementedError(
-            f"output_attentions: {type(module).__name__} has no eager attention to take the weights from"
+            f"output_attentions: {type(module).__name__} has no eager attention to take them from"
         )
     return function
 
@@ -181,19 +238,25 @@ def _additive(
     is_causal: bool | None,
 ) -> Tensor | None:
     """The float mask of eager attention, from whatever the mask function gave."""
-    if type(mask) is CompactMask:
+    if isinstance(mask, CompactMask):
         return mask.additive(query.dtype)
     lowest = torch.finfo(query.dtype).min
     rows, keys = query.shape[2], key.shape[2]
     if mask is None:
-        if rows == 1 or not (is_causal if is_causal is not None else getattr(module, "is_causal", True)):
+        if rows == 1 or not (
+            is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        ):
             return None
         hidden = torch.ones(rows, keys, dtype=torch.bool, device=query.device).triu(1)
-        return torch.zeros(1, 1, rows, keys, dtype=query.dtype, device=query.device).masked_fill(hidden, lowest)
+        return torch.zeros(1, 1, rows, keys, dtype=query.dtype, device=query.device).masked_fill(
+            hidden, lowest
+        )
     assert isinstance(mask, Tensor)
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, lowest)
+    return torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~mask, lowest
+    )
 
 
 for _name in NAMES:

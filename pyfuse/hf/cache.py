@@ -1,4 +1,4 @@
-"""The key/value cache of generate(), written in place: no torch.cat of the whole cache for each token and layer."""
+"""The key/value cache of generate(), written in place: no torch.cat of all of it for each token."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 SLACK = 64  # tokens: the least room to grow
 
 
 class Room:
-    """Buffers [B, H, capacity, D] for keys and values; ``keys`` and ``values`` of the layer are views into them.
+    """Buffers [B, H, capacity, D]; ``keys`` and ``values`` of the layer are views into them.
 
-    If the layer holds something else (somebody assigned layer.keys: offloading, beam selection), the room is stale.
+    If the layer holds something else (offloading and beam selection assign layer.keys), the room is
+    stale.
     """
 
     __slots__ = ("key_view", "keys", "value_view", "values")
@@ -45,36 +51,38 @@ class Room:
 
 
 def _appendable(layer: Any, key_states: Tensor, value_states: Tensor) -> bool:
-    """Whether appending in place means what torch.cat means: values only, and shapes and dtypes that agree."""
+    """Whether appending in place does what torch.cat does: values only, equal shapes and dtypes."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or key_states.ndim != 4:
         return False
-    keys, values = layer.keys, layer.values
-    return bool(
-        keys.dtype == key_states.dtype
-        and values.dtype == value_states.dtype
-        and keys.device == key_states.device
-        and keys.shape[:2] == key_states.shape[:2]
-        and values.shape[:2] == value_states.shape[:2]
-        and keys.shape[3] == key_states.shape[3]
-        and values.shape[3] == value_states.shape[3]
-        and type(key_states) is Tensor
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
+    for old, new in ((layer.keys, key_states), (layer.values, value_states)):
+        b, h, _, d = new.shape
+        n = old.shape
+        if n[0] != b or n[1] != h or n[3] != d or old.dtype is not new.dtype:
+            return False
+        if old.device != new.device or type(new) is not Tensor:
+            return False
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 class InPlaceLayer(DynamicLayer):
-    """DynamicLayer that appends into a growing buffer. With gradients or under torch.compile it is DynamicLayer."""
+    """DynamicLayer that appends into a growing buffer (not with gradients or torch.compile)."""
 
+    keys: Any
+    values: Any
     _room: Room | None = None
     _expected_length = 0  # tokens that generate() will come to, if known
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.keys.shape[2] if self.keys.ndim == 4 else 0
         end, room = used + key_states.shape[-2], self._room
         if used == 0:  # with room for the rest if generate() announced one, else exactly as stock
-            announced = self._expected_length > end and key_states.ndim == 4 and type(key_states) is Tensor
+            announced = (
+                self._expected_length > end and key_states.ndim == 4 and type(key_states) is Tensor
+            )
             if not announced or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return super().update(key_states, value_states, *args, **kwargs)
             room = self._room = Room(key_states, value_states, self._capacity(end))
@@ -104,16 +112,25 @@ class InPlaceLayer(DynamicLayer):
         super().reset()
         self._room = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """As stock, but straight into a buffer with room for the next tokens: one copy per step instead of two."""
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """As stock, but straight into a buffer with room for the next tokens: one copy, not two."""
         room = self._room
-        if room is None or torch.is_grad_enabled() or not self.is_initialized or not room.holds(self):
+        if (
+            room is None
+            or torch.is_grad_enabled()
+            or not self.is_initialized
+            or not room.holds(self)
+        ):
             super().reorder_cache(beam_idx)
             return
         index = beam_idx.to(self.keys.device)
         keys, values = self.keys, self.values
         rows, used = index.shape[0], keys.shape[2]
-        self._room = Room(keys[:1].expand(rows, -1, -1, -1), values[:1].expand(rows, -1, -1, -1), room.keys.shape[2])
+        self._room = Room(
+            keys[:1].expand(rows, -1, -1, -1),
+            values[:1].expand(rows, -1, -1, -1),
+            room.keys.shape[2],
+        )
         self._room.show(self, 0, used)
         torch.index_select(keys, 0, index, out=self.keys)
         torch.index_select(values, 0, index, out=self.values)
@@ -122,10 +139,14 @@ class InPlaceLayer(DynamicLayer):
 class InPlaceSlidingLayer(DynamicSlidingWindowLayer):
     """DynamicSlidingWindowLayer whose window slides along a buffer of about two windows."""
 
+    keys: Any
+    values: Any
     _room: Room | None = None
     _end = 0  # where the next token goes
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         window = self.sliding_window - 1  # what is kept from step to step
         rows = key_states.shape[-2]
         if (
@@ -155,7 +176,9 @@ class InPlaceSlidingLayer(DynamicSlidingWindowLayer):
         if used < window:
             capacity = min(capacity, used + rows + max(used, SLACK))
         stays = room is not None and room.holds(self) and room.keys.shape[2] >= capacity
-        if room is None or not stays or self._end - used < used:  # the last: source and target would overlap
+        if (
+            room is None or not stays or self._end - used < used
+        ):  # the last: source and target would overlap
             room = self._room = Room(key_states, value_states, capacity)
         room.write(self.keys, self.values, 0, used)
         room.show(self, 0, used)
@@ -167,15 +190,21 @@ class InPlaceSlidingLayer(DynamicSlidingWindowLayer):
         self._room = None
 
 
-_REPLACEMENTS: dict[type, type] = {DynamicLayer: InPlaceLayer, DynamicSlidingWindowLayer: InPlaceSlidingLayer}
+_REPLACEMENTS: dict[type, type] = {
+    DynamicLayer: InPlaceLayer,
+    DynamicSlidingWindowLayer: InPlaceSlidingLayer,
+}
 
 
 def adopt(cache: Any, expected_length: int = 0) -> None:
-    """Make the layers of a DynamicCache write in place from now on; what they hold stays. Others are left alone.
+    """Make the layers of a DynamicCache write in place from now on; what they hold stays.
 
-    expected_length: tokens that the cache will come to hold, so that room for them is made at once.
+    Other caches are left alone. expected_length: the number of tokens that the cache will come to
+    hold, so that room for them is made at once.
     """
-    if type(cache) is EncoderDecoderCache:  # the cross-attention cache is written once: nothing to gain
+    if (
+        type(cache) is EncoderDecoderCache
+    ):  # the cross-attention cache is written once: nothing to gain
         cache = cache.self_attention_cache
     if type(cache) is not DynamicCache or cache.offloading:
         return
@@ -199,7 +228,7 @@ def adopt_before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def prepare_cache_for_generation(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """GenerationMixin._prepare_cache_for_generation, and the new cache then learns how long it will get."""
+    """GenerationMixin._prepare_cache_for_generation; the new cache learns how long it will get."""
     stock: Callable[..., Any] = type(self)._prepare_cache_for_generation
     result = stock(self, generation_config, model_kwargs, *args, **kwargs)
     adopt(model_kwargs.get("past_key_values"), generation_config.max_length)

@@ -17,7 +17,15 @@ from pyfuse.hf import cache
 from pyfuse.hf.attention import NAMES
 from pyfuse.hf.patches import patch_modules
 from pyfuse.hf.receipt import Receipt, Tally
-from pyfuse.hf.state import add_pre_hook, bind, patched_modules, remove, set_attribute, state_of, swap_tensor
+from pyfuse.hf.state import (
+    add_pre_hook,
+    bind,
+    patched_modules,
+    remove,
+    set_attribute,
+    state_of,
+    swap_tensor,
+)
 from pyfuse.hf.verify import measure, probe
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,20 +38,25 @@ def accelerate(
     linear: Literal["auto"] | bool = "auto",
     verify: bool = True,
 ) -> Receipt:
-    """Put pyfuse's kernels into this live Hugging Face model, and say in a :class:`Receipt` what was done.
+    """Put pyfuse's kernels into this live Hugging Face model; the :class:`Receipt` says how.
 
-    Attention, norms, rotary embedding, the cache of generate(), feed-forward blocks and, in inference on the CPU,
-    linear layers are routed to pyfuse, module by module, on this instance only: classes, parameters, state_dict and
-    other models stay as they are (the model gets its own copy of its config). Where gradients, autocast, torch.compile
-    or training mode ask for it, the model's own code runs. ``receipt.undo()`` restores everything.
+    Attention, norms, rotary embedding, the cache of generate(), feed-forward blocks and, in
+    inference on the CPU, linear layers are routed to pyfuse, module by module, on this instance
+    only: classes, parameters, state_dict and other models stay as they are. The model gets a copy
+    of its config, since others may share the object; changes to the copy go with undo(). Where
+    gradients, autocast, torch.compile or training ask for it, the model's own code runs (under
+    torch.compile attention stays pyfuse's). ``receipt.undo()`` restores everything; a deepcopy of
+    the model is accelerated too, and :func:`pyfuse.hf.undo` restores it.
 
-    dtype: cast parameters and persistent buffers first, as from_pretrained(dtype=...) does; undone by undo().
-    linear: "auto" packs a linear layer's weight where a calibration on this machine shows that it is faster; True
-      does the same and raises where none is; False leaves linear layers alone.
-    verify: compare the logits with the stock model's and with a float64 truth, on batches without padding, with
-      right and with left padding, and measure the speed. False skips all of this.
-    TypeError: no PreTrainedModel. ValueError: accelerated already (undo() first), nothing to patch, or no probe batch
-    can be made for this kind of model. AccuracyError: past the accuracy rule. After an error the model is as before.
+    dtype: cast parameters and persistent buffers first, as from_pretrained(dtype=...) does; what
+      the model wants kept in float32 stays. undo() brings the original tensors back.
+    linear: "auto" packs a linear layer's weight where a calibration on this machine shows that it
+      is faster; True does the same and raises where none is; False leaves linear layers alone.
+    verify: compare the logits with the stock model's and with a float64 truth, on batches without
+      padding, with right and with left padding, and measure the speed. False skips all of this.
+    TypeError: no PreTrainedModel. ValueError: accelerated already (undo() first), nothing to patch,
+    or no probe batch can be made for this kind of model (pass verify=False). AccuracyError: past
+    the accuracy rule. After an error the model is as before.
     """
     _check(model, dtype, linear)
     tally = Tally()
@@ -57,9 +70,13 @@ def accelerate(
         _patch_cache(model, tally)
         _require_something(model, tally, linear)
         receipt = Receipt(
-            model, type(model).__name__, dict(tally.patched), {k: dict(v) for k, v in tally.skipped.items()},
-            memory_bytes=_packed_bytes(model), notes=notes,
-        )  # fmt: skip
+            model,
+            type(model).__name__,
+            dict(tally.patched),
+            {kind: dict(reasons) for kind, reasons in tally.skipped.items()},
+            memory_bytes=_packed_bytes(model),
+            notes=notes,
+        )
         if verify:
             receipt.errors = probe(model)
             receipt.speedups = measure(model)
@@ -70,7 +87,7 @@ def accelerate(
 
 
 def undo(model: nn.Module) -> None:
-    """Restore an accelerated model without its receipt, as for a copy.deepcopy of one. A stock model stays as it is."""
+    """Restore an accelerated model without its receipt (a deepcopy has none). Stock stays stock."""
     remove(model)
 
 
@@ -78,19 +95,22 @@ def _check(model: Any, dtype: Any, linear: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, needs a transformers.PreTrainedModel")
     if dtype is not None and dtype not in FLOATING:
-        raise ValueError(f"dtype: got {dtype}, needs None or one of {', '.join(map(str, FLOATING))}")
+        raise ValueError(
+            f"dtype: got {dtype}, needs None or one of {', '.join(map(str, FLOATING))}"
+        )
     if linear not in ("auto", True, False):
         raise ValueError(f"linear: got {linear!r}, needs 'auto', True or False")
     for path, _module, _state in patched_modules(model):
         raise ValueError(
-            f"model: {path or type(model).__name__} is accelerated already; call undo() on its receipt first"
+            f"model: {path or type(model).__name__} is accelerated already; "
+            "call undo() on its receipt first"
         )
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("model: its parameters are on the meta device, needs loaded weights")
 
 
-def _own_configs(model: nn.Module) -> list[str]:
-    """Give the model copies of its configurations: two models made from one config object share it."""
+def _own_configs(model: PreTrainedModel) -> list[str]:
+    """Give the model copies of its configurations: models made from one config object share it."""
     copies: dict[int, Any] = {}
     for module in model.modules():
         for name, value in list(module.__dict__.items()):
@@ -98,25 +118,35 @@ def _own_configs(model: nn.Module) -> list[str]:
                 set_attribute(module, name, copy.deepcopy(value, copies))
                 state_of(module).configs.add(name)
     previous = model.config._attn_implementation
-    return [f"attention was {previous!r} before: so is the stock that this is compared with"] * (previous in NAMES)
+    return [f"attention was {previous!r} before: so is the stock that this is compared with"] * (
+        previous in NAMES
+    )
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     patterns = list(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
     if dtype == torch.float16:
         patterns += list(getattr(model, "_keep_in_fp32_modules", None) or [])
-    keep = re.compile("|".join(rf"((^|\.){re.escape(p)}($|\.))" for p in patterns)) if patterns else None
+    keep = (
+        re.compile("|".join(rf"((^|\.){re.escape(p)}($|\.))" for p in patterns))
+        if patterns
+        else None
+    )
     cast: dict[int, torch.Tensor] = {}  # tied weights stay tied
     for path, module in model.named_modules():
         for store in ("_parameters", "_buffers"):
             for name, old in list(module.__dict__[store].items()):
                 if old is None or not old.is_floating_point() or old.dtype == dtype:
                     continue
-                if name in module._non_persistent_buffers_set or (keep and keep.search(f"{path}.{name}")):
+                if name in module._non_persistent_buffers_set or (
+                    keep and keep.search(f"{path}.{name}")
+                ):
                     continue
                 if id(old) not in cast:
                     new = old.detach().to(dtype)
-                    cast[id(old)] = nn.Parameter(new, old.requires_grad) if store == "_parameters" else new
+                    cast[id(old)] = (
+                        nn.Parameter(new, old.requires_grad) if store == "_parameters" else new
+                    )
                 swap_tensor(module, store, name, cast[id(old)])
     for _path, module, state in patched_modules(model):
         for name in state.configs:
@@ -126,7 +156,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _objections(model: PreTrainedModel) -> dict[str, str]:
-    """For "attention", "norm" and "rope": why only plain torch could run them here; stock is as fast then."""
+    """For "attention", "norm" and "rope": why only plain torch, no kernel, could run them here."""
     device, dtype = model.device, model.dtype
     x = torch.zeros((1, 2, 2, 8), device=device, dtype=dtype)
     table, weight = x[0, 0, :, :4], x[0, 0, 0]
@@ -138,8 +168,12 @@ def _objections(model: PreTrainedModel) -> dict[str, str]:
     found = {}
     for name, (op, *args) in calls.items():
         answer = explain(op, *args, **({"layout": "half"} if name == "rope" else {}))
-        if answer.chosen == "eager" and len(answer.candidates) > 1:  # and nobody asked for eager by name
-            found[name] = "; ".join(f"{c.backend}: {c.reason}" for c in answer.candidates if c.reason)
+        if (
+            answer.chosen == "eager" and len(answer.candidates) > 1
+        ):  # and nobody asked for eager by name
+            found[name] = "; ".join(
+                f"{c.backend}: {c.reason}" for c in answer.candidates if c.reason
+            )
     return found
 
 
@@ -149,12 +183,14 @@ def _patch_attention(model: PreTrainedModel, tally: Tally, blocked: str | None) 
             if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
                 config = module.config
                 if config._attn_implementation not in NAMES:
-                    config._attn_implementation_internal = NAMES[config._attn_implementation == "eager"]
+                    config._attn_implementation_internal = NAMES[
+                        config._attn_implementation == "eager"
+                    ]
     for module in model.modules():
         if _calls_interface(module):
-            config = getattr(module, "config", None)
+            own: Any = getattr(module, "config", None)
             reason = blocked
-            if reason is None and getattr(config, "_attn_implementation", None) not in NAMES:
+            if reason is None and getattr(own, "_attn_implementation", None) not in NAMES:
                 reason = "its model does not let the attention be replaced"
             tally.add("attention", reason)
         elif _is_attention(module):
@@ -170,11 +206,17 @@ def _is_attention(module: nn.Module) -> bool:
     """An attention layer, and not a block around one."""
     if "Attention" not in type(module).__name__ or next(module.parameters(), None) is None:
         return False
-    return not any("Attention" in type(m).__name__ or _calls_interface(m) for m in module.modules() if m is not module)
+    return not any(
+        "Attention" in type(m).__name__ or _calls_interface(m)
+        for m in module.modules()
+        if m is not module
+    )
 
 
 def _patch_cache(model: PreTrainedModel, tally: Tally) -> None:
-    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+    config = model.config
+    encoder = getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder
+    if encoder or "past_key_values" not in inspect.signature(type(model).forward).parameters:
         return
     add_pre_hook(model, cache.adopt_before_forward)
     if model.can_generate():
@@ -190,9 +232,13 @@ def _require_something(model: PreTrainedModel, tally: Tally, linear: Any) -> Non
             + "".join(f"\n  {reason}" for reason in reasons)
         )
     if linear is True and not tally.patched["Linear"] and not tally.patched["Conv1D"]:
-        raise ValueError("linear: True, but no linear layer of this model is faster when packed; use 'auto'")
+        raise ValueError(
+            "linear: True, but no linear layer of this model is faster when packed; use 'auto'"
+        )
 
 
 def _packed_bytes(model: nn.Module) -> int:
-    slots = [state.linear for _path, _module, state in patched_modules(model) if state.linear is not None]
+    slots = [
+        state.linear for _path, _module, state in patched_modules(model) if state.linear is not None
+    ]
     return sum(slot.packed.memory_bytes for slot in slots)

@@ -1,5 +1,8 @@
-"""Recognise a method by its code: the fused methods of :mod:`pyfuse.hf.fused` replace exactly the bodies they were
-written for, in whatever class these stand (Mistral's and Qwen's MLP are Llama's), and nothing else."""
+"""Recognise a method by its code.
+
+The fused methods replace exactly the bodies that they were written for, in whatever class these
+stand (Mistral's and Qwen's feed-forward block is Llama's), and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,27 @@ import io
 import textwrap
 import tokenize
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 
-@lru_cache(maxsize=None)
+@cache
 def fingerprint(function: Callable[..., Any]) -> str | None:
-    """A hash of the parameters' names and of the body without comments and docstring; None without source."""
+    """A hash of the parameters' names and of the body; None: no source, or a decorator."""
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):  # no source file: a frozen or interactive class
         return None
     definition = ast.parse(source).body[0]
-    if not isinstance(definition, ast.FunctionDef):
-        return None
+    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+        return None  # a decorator may do anything
     body = definition.body
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
         body = body[1:]
-    names = [a.arg for a in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs)]
+    names = [
+        a.arg
+        for a in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs)
+    ]
     code = _without_comments(source).splitlines()[body[0].lineno - 1 :] if body else []
     text = "\n".join([",".join(names), *(line.rstrip() for line in code if line.strip())])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,8 @@
 """Fused forwards of feed-forward blocks and of "add the residual, then normalise".
 
-Each function replaces the body of the method whose fingerprint :mod:`pyfuse.hf.patches` lists beside it. It runs for
-plain values in eval mode and where the layers inside are patched; otherwise the class's own method runs, layer by layer.
+Each function replaces the body of the method whose fingerprint :mod:`pyfuse.hf.patches` lists
+beside it. It runs for plain values in eval mode and where the layers inside are patched; otherwise
+the class's own method runs, layer by layer.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyfuse.hf.guards import hooked, values_only
-from pyfuse.hf.linears import packed_of
-from pyfuse.hf.norms import add_norm
+from pyfuse.hf.guards import hooked, values_only, wants_gradient
+from pyfuse.hf.linears import packed_of, projected
+from pyfuse.hf.norms import add_norm, normed
 from pyfuse.hf.state import ATTRIBUTE
 
 
 def _activation(module: nn.Module, name: str) -> str | None:
-    """pyfuse's name of the activation ``module.name``, if it is still the one that was recognised."""
+    """pyfuse's name of the activation ``module.name``, if it is still what was recognised."""
     known, kind = module.__dict__[ATTRIBUTE].activation
     current = module._modules.get(name, None) or module.__dict__.get(name)
     if current is not known or (isinstance(current, nn.Module) and hooked(current)):
         return None
-    return kind  # type: ignore[no-any-return]
+    return kind
 
 
-# Feed-forward blocks. Each takes the residual to add at the end: the layer above passes it (layers.py).
+# Feed-forward blocks. Each takes the residual to add at the end; the layer above passes it.
 
 
 def gated(
@@ -56,7 +57,9 @@ def plain(
     return b(a(x, activation=kind), residual=residual)
 
 
-FEED_FORWARD: dict[str, tuple[Any, tuple[str, ...]]] = {  # name of the fused forward -> function and its layers
+FEED_FORWARD: dict[
+    str, tuple[Any, tuple[str, ...]]
+] = {  # name of the fused forward -> function and its layers
     "llama_mlp": (gated, ("gate_proj", "up_proj", "down_proj", "act_fn")),
     "t5_gated": (gated, ("wi_0", "wi_1", "wo", "act")),
     "t5_dense": (plain, ("wi", "wo", "act")),
@@ -66,7 +69,7 @@ FEED_FORWARD: dict[str, tuple[Any, tuple[str, ...]]] = {  # name of the fused fo
 
 
 def feed_forward(block: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
-    """block(x) + residual, in one go where ``block`` is one of FEED_FORWARD and its call would run nothing else."""
+    """block(x) + residual, in one go where ``block`` is in FEED_FORWARD and has no hooks."""
     state = block.__dict__.get(ATTRIBUTE)
     if (
         state is not None
@@ -74,6 +77,7 @@ def feed_forward(block: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor
         and state.enabled
         and not hooked(block)
         and (residual is None or residual.dtype == x.dtype)
+        and not wants_gradient(residual)
     ):
         function, names = FEED_FORWARD[state.fused]
         out: Tensor | None = function(block, x, residual, *names)
@@ -85,7 +89,7 @@ def feed_forward(block: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor
 
 def _own(self: nn.Module, x: Tensor) -> Tensor | None:
     function, names = FEED_FORWARD[self.__dict__[ATTRIBUTE].fused]
-    return function(self, x, None, *names) if values_only(x) else None  # type: ignore[no-any-return]
+    return function(self, x, None, *names) if values_only(x) else None
 
 
 def llama_mlp(self: Any, x: Tensor) -> Tensor:
@@ -110,7 +114,7 @@ def bert_intermediate(self: Any, hidden_states: Tensor) -> Tensor:
         dense = packed_of(self._modules["dense"], hidden_states)
         if kind is not None and dense is not None:
             return dense(hidden_states, activation=kind)
-    return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+    return type(self).forward(self, hidden_states)
 
 
 # The residual and the norm after it.
@@ -120,15 +124,15 @@ def bert_output(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tenso
     """LayerNorm(dense(x) + residual)"""
     if not self.training and values_only(hidden_states) and values_only(input_tensor):
         m = self._modules
-        out = add_norm(m["LayerNorm"], m["dense"](hidden_states), input_tensor)
+        out = add_norm(m["LayerNorm"], projected(m["dense"], hidden_states), input_tensor)
         if out is not None:
             return out[0]
-    return type(self).forward(self, hidden_states, input_tensor)  # type: ignore[no-any-return]
+    return type(self).forward(self, hidden_states, input_tensor)
 
 
 def t5_layer_ff(self: Any, hidden_states: Tensor) -> Tensor:
     """x + mlp(norm(x))"""
     if self.training or not values_only(hidden_states):
-        return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+        return type(self).forward(self, hidden_states)
     m = self._modules
-    return feed_forward(m["DenseReluDense"], m["layer_norm"](hidden_states), hidden_states)
+    return feed_forward(m["DenseReluDense"], normed(m["layer_norm"], hidden_states), hidden_states)

@@ -1,4 +1,4 @@
-"""When a patched method may leave the model's own code: when plain values are all that is wanted."""
+"""When a patched method may leave the model's own code: when plain values are all it gives."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 
-def values_only(x: Tensor, weight: Tensor | None = None) -> bool:
+def values_only(x: Tensor, *parameters: Tensor | None) -> bool:
     """Neither a gradient, a graph, a transform, autocast nor a tensor subclass is in play.
 
-    Where one is, the model's own code runs: it is differentiable, traceable, and under torch.compile the compiler
+    Where one is, the model's own code runs: it is differentiable and traceable, and a compiler
     fuses it better than a call into a library could.
     """
     if _is_compiling() or type(x) not in _PLAIN or _is_any_autocast_enabled():
         return False
-    if _is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+    if wants_gradient(x, *parameters):
         return False
     return (
         _len_torch_dispatch_stack() == 0
         and not _are_functorch_transforms_active()
-        and forward_ad._current_level < 0  # type: ignore[attr-defined]
+        and forward_ad._current_level < 0
     )
 
 
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    if not _is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
 def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs more than its forward, so that a fused method must not go around the call."""
+    """Whether a call of ``module`` runs more than its forward: no fused method may go around it."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

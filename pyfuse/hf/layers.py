@@ -1,7 +1,8 @@
 """Fused forwards of whole transformer layers and of Llama's attention.
 
-As in :mod:`pyfuse.hf.fused`, each replaces one fingerprinted body, for plain values in eval mode. What they save is
-passes over memory (residual add with the norm or the matrix product next to it, rotation in place) and Python calls.
+As in :mod:`pyfuse.hf.fused`, each replaces one fingerprinted body, for plain values in eval mode.
+What they save is passes over memory (the residual is added with the norm or the matrix product next
+to it, the rotation is in place) and Python calls.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from pyfuse.hf.attention import NAMES, pyfuse_attention
 from pyfuse.hf.fused import _activation, feed_forward
-from pyfuse.hf.guards import hooked, values_only
-from pyfuse.hf.linears import packed_of
-from pyfuse.hf.norms import add_norm, is_norm
+from pyfuse.hf.guards import hooked, values_only, wants_gradient
+from pyfuse.hf.linears import packed_of, projected
+from pyfuse.hf.norms import add_norm, is_norm, normed
 from pyfuse.hf.rope import rotate
 
 
@@ -33,11 +34,18 @@ def llama_layer(
     m = self._modules
     fused = not self.training and values_only(hidden_states)
     if not fused:
-        return type(self).forward(  # type: ignore[no-any-return]
-            self, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+        return type(self).forward(
+            self,
+            hidden_states,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache,
+            position_embeddings,
+            **kwargs,
         )
     attended = m["self_attn"](
-        hidden_states=m["input_layernorm"](hidden_states),
+        hidden_states=normed(m["input_layernorm"], hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_values,
@@ -50,11 +58,11 @@ def llama_layer(
 
 def _add_norm_mlp(norm: nn.Module, mlp: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """h = residual + x; h + mlp(norm(h))"""
-    normed = add_norm(norm, x, residual)
-    if normed is None:
+    pair = add_norm(norm, x, residual)
+    if pair is None:
         h = residual + x
         return feed_forward(mlp, norm(h), h)
-    return feed_forward(mlp, *normed)
+    return feed_forward(mlp, *pair)
 
 
 def gpt2_block(
@@ -69,13 +77,13 @@ def gpt2_block(
 ) -> Tensor:
     """h = x + attention(norm(x)); h + mlp(norm(h))"""
     if self.training or encoder_hidden_states is not None or not values_only(hidden_states):
-        return type(self).forward(  # type: ignore[no-any-return]
-            self, hidden_states, past_key_values, attention_mask, encoder_hidden_states, encoder_attention_mask,
-            use_cache, **kwargs,
+        return type(self).forward(
+            self, hidden_states, past_key_values, attention_mask, encoder_hidden_states,
+            encoder_attention_mask, use_cache, **kwargs,
         )  # fmt: skip
     m = self._modules
     attended = m["attn"](
-        m["ln_1"](hidden_states),
+        normed(m["ln_1"], hidden_states),
         past_key_values=past_key_values,
         attention_mask=attention_mask,
         use_cache=use_cache,
@@ -87,13 +95,15 @@ def gpt2_block(
 def _norm_of_sum(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """norm(x + residual)"""
     out = add_norm(norm, x, residual)
-    return norm(x + residual) if out is None else out[0]  # type: ignore[no-any-return]
+    return norm(x + residual) if out is None else out[0]
 
 
-def distilbert_block(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+def distilbert_block(
+    self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any
+) -> Tensor:
     """h = norm(x + attention(x)); norm(h + ffn(h))"""
     if self.training or not values_only(hidden_states):
-        return type(self).forward(self, hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return type(self).forward(self, hidden_states, attention_mask, **kwargs)
     m = self._modules
     attended = m["attention"](hidden_states, attention_mask=attention_mask, **kwargs)[0]
     h = _norm_of_sum(m["sa_layer_norm"], attended, hidden_states)
@@ -104,14 +114,20 @@ def _bart_feed_forward(self: Any, x: Tensor) -> Tensor:
     """final_layer_norm(x + fc2(act(fc1(x))))"""
     m = self._modules
     first, kind = packed_of(m["fc1"], x), _activation(self, "activation_fn")
-    h = self.activation_fn(m["fc1"](x)) if first is None or kind is None else first(x, activation=kind)
-    return _norm_of_sum(m["final_layer_norm"], m["fc2"](h), x)
+    h = (
+        self.activation_fn(m["fc1"](x))
+        if first is None or kind is None
+        else first(x, activation=kind)
+    )
+    return _norm_of_sum(m["final_layer_norm"], projected(m["fc2"], h), x)
 
 
-def bart_encoder_layer(self: Any, hidden_states: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
+def bart_encoder_layer(
+    self: Any, hidden_states: Tensor, attention_mask: Any, **kwargs: Any
+) -> Tensor:
     """h = norm(x + attention(x)); norm(h + mlp(h))"""
     if self.training or not values_only(hidden_states):
-        return type(self).forward(self, hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        return type(self).forward(self, hidden_states, attention_mask, **kwargs)
     m = self._modules
     attended = m["self_attn"](hidden_states, attention_mask=attention_mask, **kwargs)[0]
     out = _bart_feed_forward(self, _norm_of_sum(m["self_attn_layer_norm"], attended, hidden_states))
@@ -133,9 +149,9 @@ def bart_decoder_layer(
 ) -> Tensor:
     """h = norm(x + attention(x)); h = norm(h + cross_attention(h)); norm(h + mlp(h))"""
     if self.training or not values_only(hidden_states):
-        return type(self).forward(  # type: ignore[no-any-return]
-            self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values,
-            use_cache, **kwargs,
+        return type(self).forward(
+            self, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask,
+            past_key_values, use_cache, **kwargs,
         )  # fmt: skip
     m = self._modules
     attended = m["self_attn"](
@@ -167,33 +183,37 @@ def llama_attention(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """o_proj(attention(rope(q_proj(x)), rope(k_proj(x)), v_proj(x))), with q_norm and k_norm where the class has them"""
+    """o_proj(attention(rope(q_proj(x)), rope(k_proj(x)), v_proj(x))); q_norm and k_norm if any"""
     if (
         self.training
         or not values_only(hidden_states)
         or position_embeddings is None
         or object.__getattribute__(self.config, "_attn_implementation_internal") not in NAMES
     ):
-        return type(self).forward(  # type: ignore[no-any-return]
+        return type(self).forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
         )
     m = self._modules
     leading = hidden_states.shape[:-1]
     shape = (*leading, -1, self.head_dim)
-    q = m["q_proj"](hidden_states).view(shape)
-    k = m["k_proj"](hidden_states).view(shape)
-    v = m["v_proj"](hidden_states).view(shape).transpose(1, 2)
+    q = projected(m["q_proj"], hidden_states).view(shape)
+    k = projected(m["k_proj"], hidden_states).view(shape)
+    v = projected(m["v_proj"], hidden_states).view(shape).transpose(1, 2)
     q_from, k_from = m["q_proj"], m["k_proj"]
     if "q_norm" in m:
         q_from, k_from = m["q_norm"], m["k_norm"]
-        q, k = q_from(q), k_from(k)
+        q, k = normed(q_from, q), normed(k_from, k)
     # Rotate in place where q and k belong to this call alone: fresh results that no hook has seen.
     owned = _makes_new(q_from) and _makes_new(k_from)
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     cos, sin = position_embeddings
-    rotated = rotate(q, k, cos, sin, inplace=owned)
-    q, k = rotated if rotated is not None else type(self).forward.__globals__["apply_rotary_pos_emb"](q, k, cos, sin)
+    rotated = None if wants_gradient(q, k) else rotate(q, k, cos, sin, inplace=owned)
+    q, k = (
+        rotated
+        if rotated is not None
+        else type(self).forward.__globals__["apply_rotary_pos_emb"](q, k, cos, sin)
+    )
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
     out, weights = pyfuse_attention(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
-    return m["o_proj"](out.reshape(*leading, -1)), weights
+    return projected(m["o_proj"], out.reshape(*leading, -1)), weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pyfuse.hf.guards import hooked, values_only
+from pyfuse.hf.guards import hooked, values_only, wants_gradient
 from pyfuse.hf.slots import LinearSlot
 from pyfuse.hf.state import ATTRIBUTE, bind, state_of
 
@@ -48,31 +48,35 @@ def _pack(module: nn.Module, slot: LinearSlot) -> None:
 
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     slot.packed = None if weight is None else plan(weight, bias, transposed=slot.transposed)
-    slot.weight, slot.bias = weight, bias
+    slot.weight, slot.bias, slot.dtype = weight, bias, None if weight is None else weight.dtype
 
 
 def packed_of(linear: nn.Module, x: Tensor) -> PackedLinear | None:
-    """The packed weight to use for ``x`` in place of ``linear(x)``; None where the call itself is needed.
+    """The packed weight to use for ``x`` in place of ``linear(x)``; None where the call is needed.
 
-    A weight that has changed since (load_state_dict, training, a deepcopy) is packed again. ``values_only(x)`` is
+    A weight that has been replaced since (as in a deepcopy) is packed again. ``values_only(x)`` is
     the caller's to check.
     """
     state = linear.__dict__.get(ATTRIBUTE)
     if state is None or state.linear is None or not state.enabled or hooked(linear):
         return None
     slot = state.linear
-    weight = linear._parameters.get("weight")
-    if weight is None or (weight.requires_grad and torch.is_grad_enabled()):
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
+    if weight is None or wants_gradient(x, weight, bias):
         return None
-    if (
-        weight is not slot.weight
-        or linear._parameters.get("bias") is not slot.bias
-        or (slot.packed is not None and not slot.packed.is_current())
-    ):
-        _pack(linear, slot)
+    if weight is not slot.weight or bias is not slot.bias or weight.dtype is not slot.dtype:
+        _pack(
+            linear, slot
+        )  # another tensor; one that was written to the packed layer notices by itself
     if x.dtype != weight.dtype or x.numel() == 0:
         return None
-    return slot.packed  # type: ignore[no-any-return]
+    return slot.packed
+
+
+def projected(linear: nn.Module, x: Tensor) -> Tensor:
+    """linear(x), without the call of a module where that is all it does. ``x``: plain values."""
+    packed = packed_of(linear, x)
+    return linear(x) if packed is None else packed(x)
 
 
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def activation_name(activation: Any) -> str | None:
     """Which of PackedLinear's activations this function or module computes, found by calling it."""
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None
-    x = torch.linspace(-8.0, 8.0, 257)
+    x = torch.cat([torch.linspace(-8.0, 8.0, 257), torch.tensor([-300.0, -30.0, 30.0, 300.0])])
     theirs = activation(x)
     for name, function in _ACTIVATIONS.items():
         if isinstance(theirs, Tensor) and torch.allclose(theirs, function(x), rtol=0, atol=2e-6):

@@ -1,9 +1,9 @@
-"""The mask function: what transformers calls once per forward pass to describe who may attend to whom.
+"""The mask function: transformers calls it once per forward pass to ask who may attend to whom.
 
-Where it can, it returns a :class:`CompactMask` (causal or not, window, the 2-D key padding), so that no
-[B, 1, M, N] tensor is built and none is read in every layer. Where it cannot (a graph is being traced, the cache is
-static, the pattern is another one, or the model is not known to hand the mask through untouched), it returns what
-stock transformers would: the dense boolean tensor of ``sdpa_mask``, or None.
+Where it can, it returns a :class:`CompactMask` (causal or not, window, the 2-D key padding), so
+that no [B, 1, M, N] tensor is built and none is read in every layer. Where it cannot (a graph is
+being traced, the cache is static, the pattern is another one, or the model is not known to hand the
+mask through untouched), it returns what stock would: ``sdpa_mask``'s boolean tensor, or None.
 """
 
 from __future__ import annotations
@@ -22,10 +22,28 @@ from transformers.masking_utils import (
 )
 from transformers.utils.import_utils import is_tracing
 
-# Models whose code was read to only pass the mask on to the attention function (never index or add it).
+# Models that only pass the mask on to the attention function: they never index it or add to it.
 COMPACT_MODELS = frozenset(
-    "bart bert distilbert electra gpt2 gpt_neox llama marian mbart mistral mt5 phi3 qwen2 qwen3 roberta smollm3 t5 "
-    "xlm-roberta".split()
+    [
+        "bart",
+        "bert",
+        "distilbert",
+        "electra",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "marian",
+        "mbart",
+        "mistral",
+        "mt5",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "roberta",
+        "smollm3",
+        "t5",
+        "xlm-roberta",
+    ]
 )
 
 
@@ -35,7 +53,17 @@ class CompactMask:
     causal and window align with the end: the last query stands on the last of the ``keys`` keys.
     """
 
-    __slots__ = ("_arguments", "_bias", "_dense", "causal", "key_mask", "keys", "kv_length", "seqlens_k", "window")
+    __slots__ = (
+        "_arguments",
+        "_bias",
+        "_dense",
+        "causal",
+        "key_mask",
+        "keys",
+        "kv_length",
+        "seqlens_k",
+        "window",
+    )
 
     def __init__(
         self,
@@ -63,12 +91,17 @@ class CompactMask:
             self._dense = sdpa_mask(**self._arguments)
         return self._dense
 
+    def contiguous(self) -> Tensor | None:
+        """generate() calls this where the decoding step may be compiled: it gets the tensor."""
+        dense = self.dense()
+        return None if dense is None else dense.contiguous()
+
     def additive(self, dtype: torch.dtype) -> Tensor | None:
         """The mask that eager attention gets: 0 and the lowest number of ``dtype``."""
         return eager_mask(**{**self._arguments, "dtype": dtype})
 
     def biased(self, bias: Tensor) -> Tensor:
-        """``bias`` [1, H, M, keys] with -inf at padded keys; made once for all layers, which share their bias."""
+        """``bias`` [1, H, M, keys] with -inf at padded keys; made once, as layers share it."""
         assert self.key_mask is not None
         if self._bias is None or self._bias[0] is not bias:
             self._bias = (bias, torch.where(self.key_mask, bias, float("-inf")))
@@ -76,7 +109,7 @@ class CompactMask:
 
 
 def _describe_padding(padding: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(seqlens_k, key_mask) of a bool padding [B, N] that has a False: lengths where it is padded on the right only."""
+    """(seqlens_k, key_mask) of a bool padding [B, N]: the first if it is all on the right."""
     lengths = padding.sum(1)
     right_padded = torch.arange(padding.shape[1], device=padding.device) < lengths[:, None]
     if torch.equal(right_padded, padding):
@@ -85,7 +118,7 @@ def _describe_padding(padding: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _closure(function: Callable[..., Any], name: str) -> Any:
-    """The one captured value of ``function`` if it is transformers' inner function ``name``, else None."""
+    """The one value captured by ``function`` if that is transformers' inner function ``name``."""
     if (
         getattr(function, "__qualname__", "") == name
         and getattr(function, "__module__", "") == "transformers.masking_utils"
@@ -137,7 +170,7 @@ def pyfuse_mask(
         "attention_mask": attention_mask,
         **options,
     }
-    # A tensor offset means a static cache, whose decoding step may be compiled: the mask is made before the graph.
+    # A tensor offset: a static cache, whose step may be compiled after the mask is made.
     if (
         is_tracing(attention_mask)
         or isinstance(q_offset, Tensor)

@@ -1,27 +1,32 @@
-"""LayerNorm and RMSNorm modules, one instance at a time: which of pyfuse's formulas a module computes, and its forward."""
+"""LayerNorm and RMSNorm modules: which of pyfuse's formulas an instance computes, its forward."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pyfuse.hf.guards import hooked, values_only
+from pyfuse.hf.guards import hooked, values_only, wants_gradient
 from pyfuse.hf.slots import NormSlot
 from pyfuse.hf.state import ATTRIBUTE, bind, state_of
 from pyfuse.ops.norm import layer_norm, rms_norm
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
 _CASTINGS = ("llama", "gemma", "torch")
+# Elements. Torch's LayerNorm is one kernel too: below this size (measured: 12 to 49 thousand) it is
+# done before pyfuse has checked its arguments. Its RMSNorm is six operations, slower at any size.
+SMALL = 16_384
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A LayerNorm of torch, or a class that calls itself an RMSNorm or is T5's (an RMSNorm by another name)."""
+    """A LayerNorm of torch, or a class that calls itself an RMSNorm, or T5's, which is one."""
     name = type(module).__name__
-    return isinstance(module, nn.LayerNorm) or name.endswith("RMSNorm") or name.endswith("T5LayerNorm")
+    return isinstance(module, nn.LayerNorm) or name.endswith(("RMSNorm", "T5LayerNorm"))
 
 
 def patch_norm(module: nn.Module) -> str | None:
@@ -35,6 +40,8 @@ def patch_norm(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if names != {"weight"} or weight is None or weight.ndim != 1 or eps_name is None:
         return "it has other parameters than weight [D] and an epsilon"
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        return "its forward takes more than the input"
     casting = _recognise(module, weight.shape[0], getattr(module, eps_name))
     if casting is None:
         return "it computes none of pyfuse's formulas (llama, gemma, torch)"
@@ -63,12 +70,16 @@ def _recognise(module: nn.Module, size: int, eps: float) -> str | None:
     """
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn((3, size), generator=draw), torch.rand((size,), generator=draw) + 0.5
-    best = min(_CASTINGS, key=lambda casting: _difference(module, x.bfloat16(), weight.bfloat16(), eps, casting))
-    return best if _difference(module, x, weight, eps, best) <= 4 * torch.finfo(torch.float32).eps else None
+    best = min(
+        _CASTINGS,
+        key=lambda casting: _difference(module, x.bfloat16(), weight.bfloat16(), eps, casting),
+    )
+    rounding = 4 * torch.finfo(torch.float32).eps
+    return best if _difference(module, x, weight, eps, best) <= rounding else None
 
 
 def _difference(module: nn.Module, x: Tensor, weight: Tensor, eps: float, casting: str) -> float:
-    """max |module's - pyfuse's| / max |module's| for this weight; infinite where the kinds of result differ."""
+    """max |module's - pyfuse's| / max |module's| with this weight; inf where shapes differ."""
     probe = copy.copy(module)  # shares everything but the weight
     probe.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
     theirs = probe.forward(x)
@@ -79,39 +90,66 @@ def _difference(module: nn.Module, x: Tensor, weight: Tensor, eps: float, castin
 
 
 def layer_norm_forward(self: nn.LayerNorm, input: Tensor) -> Tensor:
-    weight = self._parameters.get("weight")
-    if weight is None or weight.dtype != input.dtype or not values_only(input, weight):
+    weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+    if weight is None or weight.dtype != input.dtype or not values_only(input, weight, bias):
         return nn.LayerNorm.forward(self, input)
-    return layer_norm(input, weight, self._parameters.get("bias"), self.eps)
+    return _layer_norm(input, weight, bias, self.eps)
 
 
-@lru_cache(maxsize=None)
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if x.numel() < SMALL:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    return layer_norm(x, weight, bias, eps)
+
+
+@cache
 def _rms_forward(eps_name: str, casting: str) -> Callable[..., Tensor]:
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
-        if weight is None or weight.dtype != hidden_states.dtype or not values_only(hidden_states, weight):
-            return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+        if (
+            weight is None
+            or weight.dtype != hidden_states.dtype
+            or not values_only(hidden_states, weight)
+        ):
+            return type(self).forward(self, hidden_states)
         return rms_norm(hidden_states, weight, self.__dict__[eps_name], casting=casting)
 
     return forward
 
 
-def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(norm(x + residual), x + residual) in one pass; None if ``norm`` is not patched, or calling it runs more."""
+def slot_of(norm: nn.Module) -> NormSlot | None:
+    """How to compute ``norm(x)`` without calling it; None where the call is needed."""
     state = norm.__dict__.get(ATTRIBUTE)
-    weight = norm._parameters.get("weight")
+    return None if state is None or not state.enabled or hooked(norm) else state.norm
+
+
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(x), without the call of a module where that is all it does. ``x``: plain values."""
+    slot, weight = slot_of(norm), norm._parameters.get("weight")
+    bias = norm._parameters.get("bias")
+    if slot is None or weight is None or x.dtype != weight.dtype or wants_gradient(x, weight, bias):
+        return norm(x)
+    eps = norm.__dict__[slot.eps_name]
+    if slot.casting is None:
+        return _layer_norm(x, weight, bias, eps)
+    return rms_norm(x, weight, eps, casting=slot.casting)
+
+
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(norm(x + residual), x + residual) in one pass; None where ``norm`` has to be called."""
+    slot, weight = slot_of(norm), norm._parameters.get("weight")
+    bias = norm._parameters.get("bias")
     if (
-        state is None
-        or state.norm is None
-        or not state.enabled
+        slot is None
         or weight is None
-        or hooked(norm)
         or not x.dtype == residual.dtype == weight.dtype
+        or wants_gradient(x, residual, weight, bias)
     ):
         return None
-    eps_name, casting = state.norm
-    eps = norm.__dict__[eps_name]
-    if casting is None:
-        bias = norm._parameters.get("bias")
+    eps = norm.__dict__[slot.eps_name]
+    if slot.casting is None:
+        if x.numel() < SMALL:
+            z = x + residual
+            return F.layer_norm(z, weight.shape, weight, bias, eps), z
         return layer_norm(x, weight, bias, eps, residual=residual, prenorm=True)
-    return rms_norm(x, weight, eps, residual=residual, prenorm=True, casting=casting)
+    return rms_norm(x, weight, eps, residual=residual, prenorm=True, casting=slot.casting)

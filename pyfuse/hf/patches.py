@@ -85,13 +85,15 @@ def _bart(*names: str) -> Why:
 
 
 def _rotates(module: nn.Module) -> str | None:
-    if rebound_forward(type(module)) is None:
+    cls: Any = type(module)
+    if rebound_forward(cls) is None:
         return "its apply_rotary_pos_emb is not the half-split rotation of q and k"
     return None
 
 
 def _inner_mlp(module: nn.Module) -> str | None:
-    state = module._modules["DenseReluDense"].__dict__.get(ATTRIBUTE)  # type: ignore[union-attr]
+    block: Any = module._modules["DenseReluDense"]
+    state = block.__dict__.get(ATTRIBUTE)
     return None if state is not None and state.fused else "its feed-forward block is not fused"
 
 
@@ -104,7 +106,9 @@ FUSED: dict[str, Fused] = {
     "6f969780608bef51": _feed_forward("gpt2_mlp", fused.t5_mlp),  # GPT2MLP
     "1541e15a1e6891f6": _feed_forward("distilbert_ffn", fused.distilbert_ffn, "ff_chunk"),  # FFN
     "6002bcd3b4e123a0": Fused(MLP, fused.bert_intermediate, _intermediate),  # BertIntermediate
-    "354ffc440c3edfc0": Fused(RESIDUAL, fused.bert_output, _norms("LayerNorm")),  # BertSelfOutput, BertOutput
+    "354ffc440c3edfc0": Fused(
+        RESIDUAL, fused.bert_output, _norms("LayerNorm")
+    ),  # BertSelfOutput, BertOutput
     "3ba2507a5bd32fab": Fused(RESIDUAL, fused.t5_layer_ff, _inner_mlp),  # T5LayerFF
     "12f7488eb2973ab7": Fused(  # LlamaDecoderLayer
         RESIDUAL, layers.llama_layer, _norms("post_attention_layernorm")
@@ -127,9 +131,9 @@ FUSED: dict[str, Fused] = {
 
 
 def patch_modules(model: nn.Module, tally: Tally, blocked: dict[str, str], linear: bool) -> None:
-    """Patch every module of ``model`` that the tables know; count what was done and why not in ``tally``.
+    """Patch every module of ``model`` that the tables know; count in ``tally`` what was not.
 
-    blocked: for "norm" and "rope", the reason why no kernel of pyfuse can serve this model's device and dtype.
+    blocked: for "norm" and "rope", why no kernel of pyfuse serves this model's device and dtype.
     """
     modules = list(dict.fromkeys(model.modules()))
     for module in modules:
@@ -140,7 +144,9 @@ def patch_modules(model: nn.Module, tally: Tally, blocked: dict[str, str], linea
             tally.add(_linear_kind(module), patch_linear(module))
         elif not linear and is_linear(module):
             tally.add(_linear_kind(module), "linear=False")
-    for module in reversed(modules):  # parts come after their whole in modules(): from the inside out
+    for module in reversed(
+        modules
+    ):  # parts come after their whole in modules(): from the inside out
         _patch_fused(module, tally, blocked)
 
 

@@ -37,15 +37,16 @@ class Tally:
 
 @dataclass
 class Receipt:
-    """The result of :func:`pyfuse.accelerate`. As a context manager it undoes the patches on leaving.
+    """The result of :func:`pyfuse.accelerate`. As a context manager it undoes on leaving.
 
     patched: kind of module -> how many run on pyfuse.
     skipped: kind of module -> {reason: how many were left as they are}.
-    max_error, budget: the largest logit error on the probe batches (the one nearest to its budget), and what the
-      accuracy rule allows: twice stock's own error plus 2 ulp. Absolute; None without verify.
+    max_error, budget: the logit error of the probe batch that is nearest to its budget, and that
+      budget: twice stock's own error plus 2 ulp. Absolute; None without verify.
     errors: the same for each probe batch.
-    speedups: case -> time of the stock model / time of the accelerated one, interleaved, best of rounds: a quick look
-      at small cases, not a benchmark. speedup: the smallest of them; None without verify.
+    speedups: case -> time of the stock model / time of the accelerated one, interleaved, best of
+      rounds: a quick look at small cases, not a benchmark. speedup: the smallest of them; None
+      without verify.
     memory_bytes: what the packed weights cost in addition to the model.
     """
 
@@ -61,7 +62,9 @@ class Receipt:
 
     @property
     def _worst(self) -> tuple[float, float] | None:
-        return max(self.errors.values(), key=lambda pair: pair[0] / max(pair[1], 1e-300), default=None)
+        return max(
+            self.errors.values(), key=lambda pair: pair[0] / max(pair[1], 1e-300), default=None
+        )
 
     @property
     def max_error(self) -> float | None:
@@ -85,7 +88,10 @@ class Receipt:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.undo()
 

@@ -1,13 +1,13 @@
 """Rotary embedding in models whose attention calls ``apply_rotary_pos_emb``.
 
-The attention forward of each instance is rebound to a copy of itself whose global ``apply_rotary_pos_emb`` is pyfuse's,
-so that no other model and no module of transformers is touched.
+The attention forward of each instance is rebound to a copy of itself whose global
+``apply_rotary_pos_emb`` is pyfuse's, so that no other model and no file of transformers is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -31,16 +31,17 @@ def patch_rope(module: nn.Module) -> str | None:
     """Rebind this attention's forward; the reason if it stays as it is."""
     if "forward" in module.__dict__:
         return "its forward is replaced already"
-    rebound = rebound_forward(type(module))
+    cls: Any = type(module)
+    rebound = rebound_forward(cls)
     if rebound is None:
         return "its apply_rotary_pos_emb is not the half-split rotation of q and k"
     bind(module, "forward", rebound)
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def rebound_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """``cls.forward`` with its own globals but for the rotation; None if the rotation is another one."""
+    """``cls.forward`` on pyfuse's rotation; None if its own is not the half-split one."""
     forward = cls.forward
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return None
@@ -61,7 +62,7 @@ def rebound_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
 
 
 def _rotates_halves(function: Rotate) -> bool:
-    """Whether function(q, k, cos, sin) is pyfuse.rope(layout="half") of both, as far as a random example tells."""
+    """Whether function(q, k, cos, sin) is pyfuse.rope(layout="half") of both, on random numbers."""
     draw = torch.Generator().manual_seed(0)
     q, k = torch.randn((2, 3, 5, 8), generator=draw), torch.randn((2, 1, 5, 8), generator=draw)
     angle = torch.randn((2, 5, 4), generator=draw)
@@ -74,18 +75,19 @@ def _rotates_halves(function: Rotate) -> bool:
         return False
     ours = tuple(rope(x, cos[..., :4], sin[..., :4], layout="half") for x in (q, k))
     return all(
-        a.shape == b.shape and bool((a - b).abs().max() < 1e-5) for a, b in zip(theirs, ours, strict=True)
+        a.shape == b.shape and bool((a - b).abs().max() < 1e-5)
+        for a, b in zip(theirs, ours, strict=True)
     )
 
 
 class _Tables:
-    """The halves of the last (cos, sin) seen: one forward pass hands the same two tensors to every layer."""
+    """The halves of the last (cos, sin): a forward pass hands the same two to every layer."""
 
     last: tuple[Any, Any, Tensor, Tensor] | None = None
 
 
 def halves(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor] | None:
-    """cos, sin [B or 1, M, R] as the tables [B, M, R/2] or [M, R/2] of pyfuse.rope; None if their halves differ."""
+    """cos, sin [B or 1, M, R] as pyfuse.rope's [B, M, R/2] or [M, R/2]; None: the halves differ."""
     last = _Tables.last
     if last is not None and last[0] is cos and last[1] is sin:
         return last[2], last[3]
@@ -101,18 +103,22 @@ def halves(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor] | None
     return c, s
 
 
-def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> tuple[Tensor, Tensor] | None:
-    """q [B, Hq, M, D] and k [B, Hk, M, D] turned; None where pyfuse.rope cannot stand in for the model's formula."""
+def rotate(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inplace: bool
+) -> tuple[Tensor, Tensor] | None:
+    """q [B, Hq, M, D] and k [B, Hk, M, D] turned; None where pyfuse.rope is not the formula."""
     if q.ndim != 4 or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype:
         return None
     tables = halves(cos, sin, q.shape[0])
     if tables is None:
         return None
     c, s = tables
-    return rope(q, c, s, layout="half", inplace=inplace), rope(k, c, s, layout="half", inplace=inplace)
+    return rope(q, c, s, layout="half", inplace=inplace), rope(
+        k, c, s, layout="half", inplace=inplace
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def fused_rotation(original: Rotate) -> Rotate:
     """``original`` for values only, on pyfuse.rope."""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
 class NormSlot(NamedTuple):
-    """How a norm module normalises: ``casting`` is None for LayerNorm, else that of pyfuse.rms_norm."""
+    """How a norm module normalises: ``casting`` is that of pyfuse.rms_norm, None for LayerNorm."""
 
     eps_name: str
     casting: str | None
@@ -20,12 +21,13 @@ class LinearSlot:
     A deepcopy starts without: it packs its own weight when it is first called.
     """
 
-    __slots__ = ("bias", "packed", "transposed", "weight")
+    __slots__ = ("bias", "dtype", "packed", "transposed", "weight")
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self.dtype: torch.dtype | None = None
         self.packed: Any = None  # pyfuse.linear.PackedLinear, or None: no plan wins for this weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearSlot:

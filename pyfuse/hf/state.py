@@ -1,8 +1,9 @@
 """What pyfuse keeps on a patched module, and how all of it is switched off, on again, and removed.
 
-Everything lives in ``module.__dict__``: one plain attribute ``_pyfuse`` (a :class:`State`) and the replaced attributes
-themselves, bound with types.MethodType. So ``copy.deepcopy(model)`` gives a copy whose methods are bound to the copy,
-and parameters, buffers, state_dict and the module's class stay as they are.
+Everything lives in ``module.__dict__``: one plain attribute ``_pyfuse`` (a :class:`State`) and the
+replaced attributes themselves, methods bound with types.MethodType. So ``copy.deepcopy(model)``
+gives a copy whose methods are bound to the copy, and parameters, buffers, state_dict and the
+module's class stay as they are.
 """
 
 from __future__ import annotations
@@ -19,27 +20,30 @@ ATTRIBUTE = "_pyfuse"
 
 
 class Missing:
-    """In place of an attribute that the instance did not have (a class, because deepcopy keeps those)."""
+    """In place of an attribute that was not there (a class, since deepcopy keeps classes)."""
 
 
 class State:
-    """The replaced attributes of one module (before and after), and what its patched methods need to know."""
+    """The replaced attributes of one module, and what its patched methods need to know."""
 
     def __init__(self) -> None:
         self.before: dict[str, Any] = {}
         self.after: dict[str, Any] = {}
-        self.tensors: list[tuple[str, str, Tensor, Tensor]] = []  # (_parameters | _buffers, name, old, new)
+        self.tensors: list[
+            tuple[str, str, Tensor, Tensor]
+        ] = []  # (_parameters | _buffers, name, old, new)
         self.pre_hooks: dict[int, Callable[..., Any]] = {}
         self.configs: set[str] = set()  # the replaced attributes that are configurations
         self.enabled = True
         self.linear: LinearSlot | None = None
         self.norm: NormSlot | None = None
-        self.activation: tuple[Any, str] | None = None  # the module's activation object, its name in pyfuse
-        self.zero_bias = False  # an attention module whose position_bias is always zeros
+        self.activation: tuple[Any, str] | None = (
+            None  # the module's activation object, its name in pyfuse
+        )
         self.fused: str | None = None  # the name of the fused forward
 
     def disable(self, module: nn.Module, configs: bool = True) -> None:
-        """Put the replaced attributes back (configurations too, if asked) and take the hooks off."""
+        """Put the attributes back (configurations only if asked) and take the hooks off."""
         for name, value in self.before.items():
             if name in self.configs and not configs:
                 continue
@@ -78,7 +82,7 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
 def bind(module: nn.Module, name: str, function: Callable[..., Any]) -> None:
     """Replace a method of this instance by ``function(self, ...)``.
 
-    A bound method is pickled as (instance, name): by its true name it comes back as the class's own method.
+    A bound method is pickled as (instance, name): by its true name the class's own comes back.
     """
     function.__name__ = name
     set_attribute(module, name, MethodType(function, module))
@@ -111,21 +115,24 @@ def switch_on(model: nn.Module) -> None:
 def switch_off(model: nn.Module, configs: bool = True) -> None:
     """Take the patches off, keeping them for :func:`switch_on`, as for a probe of the stock model.
 
-    Tensors that dtype= replaced stay; configs=False leaves the model its own copies of its configurations.
+    Tensors that dtype= replaced stay; configs=False leaves the model its copies of its configs.
     """
     for _name, module, state in patched_modules(model):
         state.disable(module, configs)
 
 
 def remove(model: nn.Module) -> None:
-    """Restore every module of ``model``; RuntimeError, with nothing restored, if somebody patched over a patch."""
+    """Restore every module of ``model``.
+
+    RuntimeError, with nothing restored: somebody has patched over a patch.
+    """
     found = list(patched_modules(model))
     for path, module, state in found:
         for name, value in state.after.items():
             if state.enabled and module.__dict__.get(name) is not value:
                 raise RuntimeError(
-                    f"undo: {path or type(module).__name__}.{name} was replaced after accelerate(); "
-                    "restore it first"
+                    f"undo: {path or type(module).__name__}.{name} was replaced after "
+                    "accelerate(); restore it first"
                 )
     for _path, module, state in found:
         state.disable(module)

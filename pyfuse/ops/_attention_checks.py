@@ -95,6 +95,25 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, letter: str, size: int)
     check_integers(name, lengths)
 
 
+def check_capacity(lengths: Tensor, capacity: int) -> None:
+    """No sequence is longer than the cache; looked at only where that costs no device sync and no graph break."""
+    if (
+        torch.compiler.is_compiling()
+        or type(lengths) is not Tensor
+        or lengths.device.type != "cpu"
+        or torch._C._are_functorch_transforms_active()
+        or lengths.numel() == 0
+    ):
+        return
+    low, high = (int(x) for x in lengths.aminmax())
+    if high > capacity:
+        raise ValueError(
+            f"seqlens_k: a sequence has {high} keys, but the cache has room for {capacity}"
+        )
+    if low < 0:
+        raise ValueError(f"seqlens_k: a sequence has {low} keys, needs 0 or more")
+
+
 def check_integers(name: str, values: Tensor) -> None:
     if values.dtype not in _LENGTHS:
         raise TypeError(f"{name}: dtype {values.dtype}, needs torch.int32 or torch.int64")

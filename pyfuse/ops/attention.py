@@ -191,6 +191,8 @@ def decode_attention(
       the others are pages is not checked.
 
     Everything else as in `attention`. Returns o [B, Hq, M, Dv], and with return_lse lse [B, Hq, M].
+    ValueError, beside those of `attention`: a sequence longer than the cache has room for, or of a
+    negative length (looked at where the lengths are in the CPU's memory; elsewhere it would be a sync).
     """
     cache = "B Hk N D" if block_table is None else "pages Hk page_size D"
     dims = bind_dims(
@@ -201,8 +203,11 @@ def decode_attention(
     unit_last_stride(q=q, k_cache=k_cache, v_cache=v_cache)
     check.check_heads(dims, "k_cache")
     check.check_lengths("seqlens_k", seqlens_k, q, "B", dims["B"])
+    capacity = k_cache.shape[2]
     if block_table is not None:
         check.check_block_table(block_table, q)
+        capacity *= block_table.shape[1]
+    check.check_capacity(seqlens_k, capacity)
     _check_scores(q, dims["Hq"], softcap, sinks, alibi_slopes)
     options = {
         "seqlens_k": seqlens_k,

@@ -23,11 +23,12 @@ struct AttentionParams {
   DType dtype;
 
   double scale;
-  double softcap;             // 0: none
-  int64_t window_left;        // keys to the left of the aligned diagonal; -1: all
-  int64_t window_right;       // keys to the right of it; 0: causal; -1: all
-  const int64_t* seqlens_k;   // [B] or null
-  const float* sinks;         // [Hq] or null
+  double softcap;            // 0: none
+  int64_t window_left;       // keys to the left of the aligned diagonal; -1: all
+  int64_t window_right;      // keys to the right of it; 0: causal; -1: all
+  const int64_t* seqlens_k;  // [B] or null
+  bool align_to_seqlens;  // the last query stands on key seqlens_k[b] - 1, not on the last of all
+  const float* sinks;     // [Hq] or null
   const float* alibi_slopes;  // [Hq] or null
 
   const void* mask;  // null: none
