@@ -77,7 +77,7 @@ def speed() -> Iterator[Bar]:
         ms = measure.prefill_ms(models, 2048, rounds=5)
         yield ratio_bar(f"SmolLM2 prefill 2048, {kind}", ms, prefill)
         for context, target in decode.items():
-            ms = measure.decode_ms(models, context, rounds=9)
+            ms = measure.decode_ms(models, context, steps=64, rounds=5)
             yield ratio_bar(f"SmolLM2 decode at {context}, {kind}", ms, target)
 
 
@@ -162,7 +162,7 @@ def never_slower() -> Iterator[Bar]:
         for tokens in (8, 128, 512):
             ms = measure.prefill_ms(models, tokens, rounds=15, budget=12.0)
             yield ratio_bar(f"SmolLM2 prefill {tokens}, {kind}", ms, target)
-        ms = measure.decode_ms(models, 128, rounds=9)
+        ms = measure.decode_ms(models, 128, steps=64, rounds=4)
         yield ratio_bar(f"SmolLM2 decode at 128, {kind}", ms, target)
         for name, model, inputs in _random_models():
             stock = model.to(dtype).eval()

@@ -173,15 +173,14 @@ class PackedLinear:
         version = 0 if weight.is_inference() else weight._version
         return (version, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
 
+    @property
+    def outputs(self) -> int:
+        """N."""
+        return self._stock[0].shape[0]
+
     def is_current(self) -> bool:
         """Whether the weight is unchanged since its copies were made."""
         return self._state() == self._seen
-
-    def expect(self, activation: str) -> None:
-        """Choose again, for calls with this activation: what is fused with the product weighs in."""
-        n, k = self._stock[0].shape
-        self.choice = calibrate(n, k, self.weight.dtype, torch.get_num_threads(), activation)
-        self._refresh()
 
     @property
     def memory_bytes(self) -> int:
@@ -206,8 +205,12 @@ class PackedLinear:
         activation: str | None = None,
         multiply: Tensor | None = None,
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """act(x·Wᵀ + b) · multiply + residual; multiply and residual have the shape of the result."""
+        """act(x·Wᵀ + b) · multiply + residual; multiply and residual have the shape of the result.
+
+        out: contiguous memory for it, else new memory is taken.
+        """
         if self._state() != self._seen:
             self._refresh()
         k = x.shape[-1]
@@ -215,21 +218,29 @@ class PackedLinear:
         if kernel is not None:
             if k != kernel.k:
                 raise ValueError(f"x: K is {k}, but the weight has K = {kernel.k}")
-            return kernel(x, activation, multiply, residual)
+            return kernel(x, activation, multiply, residual, out)
         if activation not in ACTIVATION:
             known = ", ".join(str(name) for name in ACTIVATION)
             raise ValueError(f"activation: got {activation!r}, needs one of {known}")
-        return _finish(F.linear(x, *self._stock), activation, multiply, residual)
+        y = _finish(F.linear(x, *self._stock), activation, multiply, residual)
+        return y if out is None else out.copy_(y)
 
 
 def plan(
-    weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transposed: bool = False,
+    activation: str | None = None,
 ) -> PackedLinear | None:
-    """A PackedLinear for this layer, or None where nothing beats torch on this machine for its shape."""
+    """A PackedLinear for this layer, or None where nothing beats torch on this machine for its shape.
+
+    activation: the one that its calls will ask for; what is fused with the product weighs in.
+    """
     k, n = weight.shape if transposed else weight.shape[::-1]
     if n == 0 or k == 0 or weight.device.type != "cpu" or not weight.is_floating_point():
         return None
-    choice = calibrate(n, k, weight.dtype, torch.get_num_threads())
+    choice = calibrate(n, k, weight.dtype, torch.get_num_threads(), activation)
     if set(choice.ways) == {"torch"}:
         return None
     return PackedLinear(weight, bias, choice, transposed=transposed)

@@ -42,7 +42,8 @@ struct Wide {
   typedef vec_of<C> V;
   static constexpr int W = Vec<C>::width;
   static constexpr int NR = NV * W;
-  static constexpr int BN = 64;  // keys of a tile: K and V tiles of D = 64 stay in a 48 KiB L1
+  static constexpr int BN =
+      128;  // keys of a tile: its K, then its V, stays in the first-level cache
 
   static int64_t packed_length(int64_t d) { return d; }  // elements of Packed per key
   static int64_t value_rows(int64_t keys) { return keys; }
@@ -119,7 +120,7 @@ struct Dot {
   typedef vfloat V;
   static constexpr int W = 16;
   static constexpr int NR = NV * W;
-  static constexpr int BN = 128;  // two bytes an element: twice the keys in the same L1
+  static constexpr int BN = 128;  // two bytes an element: half the room of floats
 
   static int64_t packed_length(int64_t d) { return (d + 1) / 2 * 2; }
   static int64_t value_rows(int64_t keys) { return (keys + 1) / 2; }

@@ -5,33 +5,25 @@
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 
-PYFUSE_INLINE vfloat polynomial(vfloat x, const float* c, int degree) {
-  vfloat p = splat(c[0]);
-  PYFUSE_UNROLL for (int i = 1; i <= degree; ++i) p = c[i] + x * p;
-  return p;
-}
-
-// GELU, x·Φ(x) = x/2·erfc(-x/√2). The tail is computed as erfc(t) = exp(-t²)/t·P(1/t²), never as
-// 1 - erf, which would lose it; below t = 1 erf is t·T(t²). Coefficients: S. Moshier, Cephes,
-// ndtrf.
+// GELU, x·Φ(x) = x/2·(1 + erf(x/√2)), erf(t) = t·P(t²)/Q(t²) for |t| <= 4 and ±1 beyond: the
+// rational minimax approximation of Eigen's erf (Eigen, SpecialFunctions). Absolute error
+// below 1.4e-6, on average that of torch's own.
 PYFUSE_INLINE vfloat gelu(vfloat x) {
-  static const float near_zero[] = {
-      7.853861353153693e-5f, -8.010193625184903e-4f, 5.188327685732524e-3f, -2.685381193529856e-2f,
-      1.128358514861418e-1f, -3.761262582423300e-1f, 1.128379165726710e+0f};
-  static const float middle[] = {
-      2.326819970068386e-2f,  -1.387039388740657e-1f, 3.687424674597105e-1f,
-      -5.824733027278666e-1f, 6.210004621745983e-1f,  -4.944515323274145e-1f,
-      3.404879937665872e-1f,  -2.741127028184656e-1f, 5.638259427386472e-1f};
-  static const float far[] = {
-      -1.047766399936249e+1f, 1.297719955372516e+1f, -7.495518717768503e+0f, 2.921019019210786e+0f,
-      -1.015265279202700e+0f, 4.218463358204948e-1f, -2.820767439740514e-1f, 5.641895067754075e-1f};
-  const vfloat t = (x < 0.f ? -x : x) * 0.70710678f, square = t * t;
-  const vfloat inverse = 1.f / (t < 1.f ? splat(1.f) : t), y = inverse * inverse;
-  const vfloat tail =
-      exp(-square) * inverse * (t < 2.f ? polynomial(y, middle, 8) : polynomial(y, far, 7));
-  const vfloat erf = t * polynomial(square, near_zero, 6);
-  const vfloat erfc = t < 1.f ? (x < 0.f ? 1.f - erf : 1.f + erf) : (x < 0.f ? tail : 2.f - tail);
-  return 0.5f * x * erfc;
+  const vfloat scaled = x * 0.70710678f;
+  const vfloat t = scaled < -4.f ? splat(-4.f) : scaled > 4.f ? splat(4.f) : scaled;
+  const vfloat s = t * t;
+  vfloat p = 2.77068142495902e-08f - s * 2.72614225801306e-10f;
+  p = -2.10102402082508e-06f + s * p;
+  p = -5.69250639462346e-05f + s * p;
+  p = -7.34990630326855e-04f + s * p;
+  p = -2.95459980854025e-03f + s * p;
+  p = -1.60960333262415e-02f + s * p;
+  vfloat q = -2.13374055278905e-04f - s * 1.45660718464996e-05f;
+  q = -1.68282697438203e-03f + s * q;
+  q = -7.37332916720468e-03f + s * q;
+  q = -1.42647390514189e-02f + s * q;
+  const vfloat half = 0.5f * x;
+  return half + half * (t * p / q);
 }
 PYFUSE_INLINE vdouble gelu(vdouble x) {
   PYFUSE_UNROLL for (int i = 0; i < Vec<double>::width; ++i) x[i] =

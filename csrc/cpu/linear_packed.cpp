@@ -68,17 +68,17 @@ class PackedLinear {
   const LinearParams& p;
   const int64_t length = (p.k + Product<T>::pair - 1) / Product<T>::pair * Product<T>::pair;
   const int64_t panels = (p.n + PANEL - 1) / PANEL;
-  const int64_t block = block_rows(length);
-  const int64_t blocks = (p.rows + block - 1) / block;
+  const int64_t blocks = block_count();
+  const int64_t block = ((p.rows + blocks - 1) / blocks + MR - 1) / MR * MR;  // of equal size
   const int64_t groups = group_count();
   // Rows of x are used where they lie if nothing has to be converted or padded.
   const bool in_place = sizeof(T) == sizeof(Row) && length == p.k;
 
-  static int64_t block_rows(int64_t length) {
+  int64_t block_count() const {
     const int64_t fit =
         BLOCK_BYTES / (static_cast<int64_t>(sizeof(Row)) * (length > 0 ? length : 1));
-    const int64_t rows = fit / MR * MR;
-    return rows < 2 * MR ? 2 * MR : rows > 42 * MR ? 42 * MR : rows;
+    const int64_t most = fit < 2 * MR ? 2 * MR : fit > 42 * MR ? 42 * MR : fit / MR * MR;
+    return (p.rows + most - 1) / most;
   }
   // Groups of panels: enough tasks to balance the threads, as few as that needs.
   int64_t group_count() const {
@@ -128,7 +128,9 @@ class PackedLinear {
     Carver size(nullptr);
     size.take<Row>((in_place ? MR : block) * length), size.take<C>(MR * PANEL);
     Workspace memory(p.threads * size.used());
-    parallel_for(blocks * groups, p.threads, [&](int64_t task, int thread) {
+    const int64_t tasks =
+        (p.rows + block - 1) / block * groups;  // rounding up may have emptied a block
+    parallel_for(tasks, p.threads, [&](int64_t task, int thread) {
       Carver carver(memory.data() + thread * size.used());
       Row* scratch = carver.take<Row>((in_place ? MR : block) * length);
       run_task(task / groups, task % groups, scratch, carver.take<C>(MR * PANEL));

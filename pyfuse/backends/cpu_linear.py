@@ -49,10 +49,11 @@ class RowsWeight:
         activation: str | None = None,
         multiply: Tensor | None = None,
         residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """x [..., K]; multiply and residual [..., N]; all of W's dtype."""
+        """x [..., K]; multiply, residual and out (contiguous; written) [..., N]; all of W's dtype."""
         n, k = self.n, self.k
-        y = x.new_empty((*x.shape[:-1], n))
+        y = x.new_empty((*x.shape[:-1], n)) if out is None else out
         if not x.is_contiguous():
             x = x.contiguous()
         if multiply is not None:

@@ -47,8 +47,19 @@ def _pack(module: nn.Module, slot: LinearSlot) -> None:
     from pyfuse.linear import plan  # here, since linear=False does without
 
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-    slot.packed = None if weight is None else plan(weight, bias, transposed=slot.transposed)
+    slot.packed = None
+    if weight is not None:
+        slot.packed = plan(weight, bias, transposed=slot.transposed, activation=slot.activation)
     slot.weight, slot.bias, slot.dtype = weight, bias, None if weight is None else weight.dtype
+
+
+def expect_activation(linear: nn.Module, activation: str) -> None:
+    """Choose again for a patched layer whose fused calls take this activation along."""
+    slot: LinearSlot = state_of(linear).linear  # type: ignore[assignment]
+    before, slot.activation = slot.packed, activation
+    _pack(linear, slot)
+    if slot.packed is None:
+        slot.activation, slot.packed = None, before
 
 
 def packed_of(linear: nn.Module, x: Tensor) -> PackedLinear | None:
@@ -65,9 +76,8 @@ def packed_of(linear: nn.Module, x: Tensor) -> PackedLinear | None:
     if weight is None or wants_gradient(x, weight, bias):
         return None
     if weight is not slot.weight or bias is not slot.bias or weight.dtype is not slot.dtype:
-        _pack(
-            linear, slot
-        )  # another tensor; one that was written to the packed layer notices by itself
+        # Another tensor. (One that was written to in place, the packed layer notices by itself.)
+        _pack(linear, slot)
     if x.dtype != weight.dtype or x.numel() == 0:
         return None
     return slot.packed

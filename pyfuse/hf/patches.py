@@ -9,7 +9,7 @@ from torch import nn
 
 from pyfuse.hf import fused, layers
 from pyfuse.hf.fingerprint import fingerprint
-from pyfuse.hf.linears import activation_name, is_linear, patch_linear
+from pyfuse.hf.linears import activation_name, expect_activation, is_linear, patch_linear
 from pyfuse.hf.norms import is_norm, patch_norm
 from pyfuse.hf.receipt import Tally
 from pyfuse.hf.rope import patch_rope, rebound_forward, uses_rope
@@ -40,24 +40,39 @@ def _feed_forward(name: str, function: Callable[..., Any], method: str = "forwar
     def why_not(module: nn.Module) -> str | None:
         if not all(_packed(module._modules.get(linear)) for linear in linears):
             return "not all of its linear layers are packed"
-        return _recognise_activation(module, act)
+        return _recognise_activation(module, act, linears[0])
 
     return Fused(MLP, function, why_not, method, name)
 
 
-def _recognise_activation(module: nn.Module, name: str) -> str | None:
+def _recognise_activation(module: nn.Module, name: str, before: str | None = None) -> str | None:
+    """Note the activation ``module.name``; the linear layer ``before`` will be asked to take it along."""
     activation = getattr(module, name, None)
     kind = None if activation is None else activation_name(activation)
     if kind is None:
         return "its activation is none of gelu, gelu_tanh, silu, relu"
     state_of(module).activation = (activation, kind)
+    linear = module._modules.get(before) if before is not None else None
+    if linear is not None and _packed(linear):
+        expect_activation(linear, kind)
     return None
 
 
 def _intermediate(module: nn.Module) -> str | None:
     if not _packed(module._modules.get("dense")):
         return "its linear layer is not packed"
-    return _recognise_activation(module, "intermediate_act_fn")
+    return _recognise_activation(module, "intermediate_act_fn", "dense")
+
+
+def _bert_layer(module: nn.Module) -> str | None:
+    for name in ("intermediate", "output"):
+        part = module._modules.get(name)
+        state = None if part is None else part.__dict__.get(ATTRIBUTE)
+        if state is None or not state.fused:
+            return f"its {name} is not fused"
+    if not _packed(module._modules["output"]._modules.get("dense")):  # type: ignore[union-attr]
+        return "its output's linear layer is not packed"
+    return None
 
 
 def _norms(*names: str) -> Why:
@@ -77,7 +92,7 @@ def _bart(*names: str) -> Why:
 
     def why_not(module: nn.Module) -> str | None:
         reason = norms(module)
-        if reason is None and _recognise_activation(module, "activation_fn") is not None:
+        if reason is None and _recognise_activation(module, "activation_fn", "fc1") is not None:
             state_of(module).activation = (None, "")  # the activation then runs by itself
         return reason
 
@@ -105,6 +120,9 @@ FUSED: dict[str, Fused] = {
     "42be5fa28bd0ab84": _feed_forward("t5_dense", fused.t5_mlp),  # T5DenseActDense
     "6f969780608bef51": _feed_forward("gpt2_mlp", fused.t5_mlp),  # GPT2MLP
     "1541e15a1e6891f6": _feed_forward("distilbert_ffn", fused.distilbert_ffn, "ff_chunk"),  # FFN
+    "b15aae69d2963fa5": Fused(  # BertLayer
+        MLP, fused.bert_feed_forward, _bert_layer, "feed_forward_chunk"
+    ),
     "6002bcd3b4e123a0": Fused(MLP, fused.bert_intermediate, _intermediate),  # BertIntermediate
     "354ffc440c3edfc0": Fused(
         RESIDUAL, fused.bert_output, _norms("LayerNorm")
@@ -155,7 +173,7 @@ def _linear_kind(module: nn.Module) -> str:
 
 
 def _patch_fused(module: nn.Module, tally: Tally, blocked: dict[str, str]) -> None:
-    for method in ("forward", "ff_chunk"):
+    for method in ("forward", "ff_chunk", "feed_forward_chunk"):
         original = getattr(type(module), method, None)
         key = None if original is None else fingerprint(original)
         entry = FUSED.get(key or "")

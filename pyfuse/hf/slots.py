@@ -21,14 +21,15 @@ class LinearSlot:
     A deepcopy starts without: it packs its own weight when it is first called.
     """
 
-    __slots__ = ("bias", "dtype", "packed", "transposed", "weight")
+    __slots__ = ("activation", "bias", "dtype", "packed", "transposed", "weight")
 
-    def __init__(self, transposed: bool) -> None:
+    def __init__(self, transposed: bool, activation: str | None = None) -> None:
         self.transposed = transposed
+        self.activation = activation  # that its fused calls ask for
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.dtype: torch.dtype | None = None
         self.packed: Any = None  # pyfuse.linear.PackedLinear, or None: no plan wins for this weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearSlot:
-        return LinearSlot(self.transposed)
+        return LinearSlot(self.transposed, self.activation)
