@@ -13,14 +13,21 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyfuse.backends.cpu_linear import ACTIVATION, PackedWeight, RowsWeight, why_not_linear
+from pyfuse.backends.cpu_linear import (
+    ACTIVATION,
+    MOST_TOGETHER,
+    PackedWeight,
+    RowsWeight,
+    rows_together,
+    why_not_linear,
+)
 
 # Numbers of rows that are measured; a call takes the choice made for the next larger one.
 ROWS = (1, 2, 4, 8, 16, 64, 256)
@@ -198,6 +205,16 @@ class PackedLinear:
         bias = None if self.bias is None else self.bias.detach().clone()
         return PackedLinear(weight, bias, self.choice, transposed=self.transposed)
 
+    def kernel_for(self, x: Tensor) -> RowsWeight | None:
+        """The kernel that x [..., K] takes, with the weight as it is now; None for torch's own way."""
+        if self._state() != self._seen:
+            self._refresh()
+        k = x.shape[-1]
+        kernel = self._kernels.get(self.choice.way(x.numel() // k if k else 0))
+        if kernel is not None and k != kernel.k:
+            raise ValueError(f"x: K is {k}, but the weight has K = {kernel.k}")
+        return kernel
+
     def __call__(
         self,
         x: Tensor,
@@ -211,19 +228,26 @@ class PackedLinear:
 
         out: contiguous memory for it, else new memory is taken.
         """
-        if self._state() != self._seen:
-            self._refresh()
-        k = x.shape[-1]
-        kernel = self._kernels.get(self.choice.way(x.numel() // k if k else 0))
+        kernel = self.kernel_for(x)
         if kernel is not None:
-            if k != kernel.k:
-                raise ValueError(f"x: K is {k}, but the weight has K = {kernel.k}")
             return kernel(x, activation, multiply, residual, out)
         if activation not in ACTIVATION:
             known = ", ".join(str(name) for name in ACTIVATION)
             raise ValueError(f"activation: got {activation!r}, needs one of {known}")
         y = _finish(F.linear(x, *self._stock), activation, multiply, residual)
         return y if out is None else out.copy_(y)
+
+
+def together(
+    x: Tensor, layers: Sequence[PackedLinear], activations: Sequence[str | None]
+) -> list[Tensor]:
+    """act(x·Wᵀ + b) of each layer. Where all take the rows kernel it is one call: for a single row,
+    waking the threads costs as much as a small layer."""
+    kernels = [layer.kernel_for(x) for layer in layers]
+    rows = [kernel for kernel in kernels if type(kernel) is RowsWeight]
+    if len(rows) == len(layers) <= MOST_TOGETHER:
+        return rows_together(x, rows, activations)
+    return [layer(x, activation=a) for layer, a in zip(layers, activations, strict=True)]
 
 
 def plan(

@@ -210,6 +210,26 @@ def test_plan_leaves_alone_what_it_cannot_run() -> None:
     assert plan(torch.ones(4, 4, device="meta")) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize(
+    "ways", ["rows rows rows", "rows packed torch", "rows rows rows rows rows"]
+)
+def test_layers_of_one_input_together(ways: str, rows: int, dtype: torch.dtype) -> None:
+    """Bit by bit what each gives alone, in one call or not; also a weight that was written to."""
+    sizes = (65, 1, 197, 16, 17)
+    layers = [
+        PackedLinear(torch.randn(n, 111).to(dtype), torch.randn(n).to(dtype), only(way))
+        for n, way in zip(sizes, ways.split(), strict=False)
+    ]
+    layers[0].weight.mul_(2.0)
+    x = torch.randn(2, 111, rows).to(dtype).transpose(1, 2)
+    activations = (None, "silu", "gelu", None, "relu")[: len(layers)]
+    results = linear.together(x, layers, activations)
+    for layer, activation, y in zip(layers, activations, results, strict=True):
+        numerics.assert_bitwise_equal(y, layer(x, activation=activation), str(activation))
+
+
 def test_planning_for_an_activation_calibrates_with_it() -> None:
     w = torch.randn(65, 111)
     layer = plan(w, activation="gelu")

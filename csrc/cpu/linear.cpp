@@ -1,5 +1,6 @@
 // y = act(x·wᵀ + bias) · multiply + residual for few rows of x: bound by reading w [N, K], which
-// happens once, as it lies in memory. For many rows see linear_packed.cpp.
+// happens once, as it lies in memory. Layers that share x can run in one call: waking the threads
+// costs as much as a small layer. For many rows see linear_packed.cpp.
 #include "cpu/linear_finish.h"
 #include "cpu/parallel.h"
 
@@ -92,36 +93,46 @@ class Linear {
  public:
   explicit Linear(const LinearParams& params) : p(params) {}
 
-  void run() const {
-    const int64_t groups = (p.n + GROUP - 1) / GROUP;
-    const bool serial = p.n * p.k * static_cast<int64_t>(sizeof(T)) < SERIAL_BYTES;
-    const int threads = serial ? 1 : p.threads;
-    // A few dozen pieces, each contiguous in w: memory is read in long streams.
-    const int64_t pieces = groups < 8 * threads ? groups : 8 * threads;
-    parallel_for(pieces, threads, [&](int64_t piece, int) {
-      for (int64_t g = groups * piece / pieces; g < groups * (piece + 1) / pieces; ++g) {
-        int64_t row = 0;
-        for (; row + 2 <= p.rows; row += 2) run_rows<2>(row, g * GROUP);
-        if (row < p.rows) run_rows<1>(row, g * GROUP);
-      }
-    });
+  int64_t groups() const { return (p.n + GROUP - 1) / GROUP; }
+  int64_t bytes() const { return p.n * p.k * static_cast<int64_t>(sizeof(T)); }
+
+  void run(int64_t first_group, int64_t last_group) const {
+    for (int64_t g = first_group; g < last_group; ++g) {
+      int64_t row = 0;
+      for (; row + 2 <= p.rows; row += 2) run_rows<2>(row, g * GROUP);
+      if (row < p.rows) run_rows<1>(row, g * GROUP);
+    }
   }
 };
 
+template <class T>
+void run_all(const LinearParams* layers, int count) {
+  int64_t bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += Linear<T>(layers[i]).bytes();
+  const int threads = bytes < SERIAL_BYTES ? 1 : layers[0].threads;
+  // A few dozen pieces of each layer, each contiguous in w: memory is read in long streams.
+  const int64_t most = 8 * threads;
+  parallel_for(count * most, threads, [&](int64_t i, int) {
+    const Linear<T> layer(layers[i / most]);
+    const int64_t groups = layer.groups(), piece = i % most;
+    layer.run(groups * piece / most, groups * (piece + 1) / most);
+  });
+}
+
 }  // namespace
 
-void linear(const LinearParams& p) {
-  switch (p.dtype) {
+void linear(const LinearParams* layers, int count) {
+  switch (layers[0].dtype) {
     case DType::f32:
-      return Linear<float>(p).run();
+      return run_all<float>(layers, count);
     case DType::bf16:
-      return Linear<bf16>(p).run();
+      return run_all<bf16>(layers, count);
     case DType::f16:
-      return Linear<f16>(p).run();
+      return run_all<f16>(layers, count);
     case DType::f64:
-      return Linear<double>(p).run();
+      return run_all<double>(layers, count);
   }
-  bad_switch_value("linear: dtype", static_cast<int>(p.dtype));
+  bad_switch_value("linear: dtype", static_cast<int>(layers[0].dtype));
 }
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA

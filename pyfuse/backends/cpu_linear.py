@@ -6,6 +6,8 @@ register tiles. Both fuse all that follows the product into its last step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,32 @@ class RowsWeight:
             0 if residual is None else residual.data_ptr(), n, torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+
+MOST_TOGETHER = 4  # layers of one call
+
+
+def rows_together(
+    x: Tensor, weights: Sequence[RowsWeight], activations: Sequence[str | None]
+) -> list[Tensor]:
+    """act(x·Wᵀ + b) of up to four weights (no packed ones) for the same few rows, in one call."""
+    if not x.is_contiguous():
+        x = x.contiguous()
+    lead, k = x.shape[:-1], weights[0].k
+    results = [x.new_empty((*lead, w.n)) for w in weights]
+    layers = [
+        (*w._w, y.data_ptr(), w.n, ACTIVATION[activation])
+        for w, y, activation in zip(weights, results, activations, strict=True)
+    ]
+    module().linear_together(
+        x.data_ptr(),
+        x.numel() // k if k else 0,
+        k,
+        weights[0]._dtype,
+        torch.get_num_threads(),
+        layers,
+    )
+    return results
 
 
 class PackedWeight(RowsWeight):

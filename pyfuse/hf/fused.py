@@ -69,8 +69,12 @@ def gated(
     g, u, d = packed_of(m[gate], x), packed_of(m[up], x), packed_of(m[down], x)  # type: ignore[arg-type]
     if g is None or u is None or d is None:
         return None
+    from pyfuse.linear import FEW_ROWS, together  # loaded: something is packed
 
     def run(x: Tensor, residual: Tensor | None, out: Tensor | None) -> Tensor:
+        if x.numel() // x.shape[-1] <= FEW_ROWS:
+            gate_of_x, up_of_x = together(x, (g, u), (kind, None))
+            return d(gate_of_x.mul_(up_of_x), residual=residual, out=out)
         return d(g(x, activation=kind, multiply=u(x)), residual=residual, out=out)
 
     return in_chunks(run, x, residual, u.outputs, d.outputs)

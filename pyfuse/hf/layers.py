@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyfuse.hf.attention import NAMES, pyfuse_attention
 from pyfuse.hf.fused import _activation, feed_forward
 from pyfuse.hf.guards import hooked, values_only, wants_gradient
-from pyfuse.hf.linears import packed_of, projected
+from pyfuse.hf.linears import packed_of, projected, projected_together
 from pyfuse.hf.norms import add_norm, is_norm, normed
 from pyfuse.hf.rope import rotate
 
@@ -196,9 +196,8 @@ def llama_attention(
     m = self._modules
     leading = hidden_states.shape[:-1]
     shape = (*leading, -1, self.head_dim)
-    q = projected(m["q_proj"], hidden_states).view(shape)
-    k = projected(m["k_proj"], hidden_states).view(shape)
-    v = projected(m["v_proj"], hidden_states).view(shape).transpose(1, 2)
+    q, k, v = projected_together((m["q_proj"], m["k_proj"], m["v_proj"]), hidden_states)
+    q, k, v = q.view(shape), k.view(shape), v.view(shape).transpose(1, 2)
     q_from, k_from = m["q_proj"], m["k_proj"]
     if "q_norm" in m:
         q_from, k_from = m["q_norm"], m["k_norm"]

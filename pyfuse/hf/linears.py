@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,6 +88,17 @@ def projected(linear: nn.Module, x: Tensor) -> Tensor:
     """linear(x), without the call of a module where that is all it does. ``x``: plain values."""
     packed = packed_of(linear, x)
     return linear(x) if packed is None else packed(x)
+
+
+def projected_together(linears: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """linear(x) of each, in one kernel call where x has few rows. ``x``: plain values."""
+    packed = [packed_of(linear, x) for linear in linears]
+    known = [p for p in packed if p is not None]
+    if len(known) < len(packed):
+        return [projected(linear, x) for linear in linears]
+    from pyfuse.linear import together  # loaded: something is packed
+
+    return together(x, known, (None,) * len(known))
 
 
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
