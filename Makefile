@@ -14,7 +14,7 @@ help: ## this list
 # only what is out of date. Python sources are used in place.
 $(BIN)/pyfuse: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(BIN)/pyfuse
 
 models: $(BIN)/pyfuse ## fetch the two demonstration models (about 100 MB, once)

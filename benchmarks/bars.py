@@ -1,7 +1,7 @@
 """Every promised figure, measured side by side in one run: figure, target, met or missed.
 
     make bars                               all of them (about 25 minutes on 2 cores)
-    python -m benchmarks.bars speed text    some groups only
+    python -m benchmarks.bars speed text    some groups only: speed, text, never_slower, install, tests
 
 A ratio is stock time / accelerated time of the same work, taken in turns in one process, best of the rounds; stock
 is Hugging Face on torch's sdpa attention. Absolute times of a shared machine mean little; these ratios repeat.
@@ -126,13 +126,21 @@ def _random_models() -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
     yield "DistilBERT", t.DistilBertModel(t.DistilBertConfig(n_layers=4, **small)), one
     t5 = t.T5Config(
         d_model=512, num_layers=4, d_ff=2048, num_heads=8, decoder_start_token_id=0, **small
-    )
+    )  # fmt: skip
     yield "T5", t.T5ForConditionalGeneration(t5), both
-    bart = t.BartConfig(encoder_layers=4, decoder_layers=4, d_model=768, encoder_ffn_dim=3072,
-                        decoder_ffn_dim=3072, encoder_attention_heads=12, decoder_attention_heads=12, **small)  # fmt: skip
+    width = {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
+    heads = {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
+    bart = t.BartConfig(encoder_layers=4, decoder_layers=4, **width, **heads, **small)
     yield "BART", t.BartForConditionalGeneration(bart), both
-    mistral = t.MistralConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12,
-                              num_key_value_heads=4, sliding_window=64, **small)  # fmt: skip
+    mistral = t.MistralConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        sliding_window=64,
+        **small,
+    )
     yield "Mistral", t.MistralForCausalLM(mistral), one
 
 

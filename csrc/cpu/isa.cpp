@@ -9,7 +9,7 @@
   namespace pyfuse::cpu::ISA {                                                      \
   void attention(const AttentionParams&);                                           \
   void attention_decode(const AttentionParams&);                                    \
-  void linear(const LinearParams*, int);                                              \
+  void linear(const LinearParams*, int);                                            \
   void linear_packed(const LinearParams&);                                          \
   void pack_linear(const LinearParams&);                                            \
   void norm(const NormParams&);                                                     \

@@ -15,8 +15,8 @@ struct Kernels {
   void (*attention)(const AttentionParams&);
   void (*attention_decode)(const AttentionParams&);
   void (*linear)(const LinearParams* layers, int count);  // of one dtype, side by side
-  void (*linear_packed)(const LinearParams&);  // w as pack_linear left it
-  void (*pack_linear)(const LinearParams&);    // from w [N, K] to y [N/64][K][64]
+  void (*linear_packed)(const LinearParams&);             // w as pack_linear left it
+  void (*pack_linear)(const LinearParams&);               // from w [N, K] to y [N/64][K][64]
   void (*norm)(const NormParams&);
   void (*rope)(const RopeParams&);
 };
