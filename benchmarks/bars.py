@@ -242,7 +242,7 @@ def main() -> int:
     parser.add_argument(
         "groups", nargs="*", choices=[[], *GROUPS], help="which groups (default: all)"
     )
-    parser.add_argument("--threads", type=int, default=machine.physical_cores())
+    parser.add_argument("--threads", type=int, default=machine.default_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     bars: list[Bar] = []

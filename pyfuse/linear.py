@@ -31,6 +31,7 @@ from pyfuse.backends.cpu_linear import (
 
 # Numbers of rows that are measured; a call takes the choice made for the next larger one.
 ROWS = (1, 2, 4, 8, 16, 64, 256)
+HARDLY_ANY_ROWS = 2  # up to here the rows kernel reads as much as the packed one and computes less
 FEW_ROWS = 64  # beyond, reading W only once is no merit any more
 COLD_ROWS = 8  # up to here the weight is read from memory, as in a model, where it is not cached
 MIN_ROUNDS, STILL_ROUNDS, MAX_ROUNDS, SECONDS = 3, 4, 60, 0.3
@@ -100,7 +101,7 @@ class _Trial:
                 _finish(F.linear(x, w), activation, None, None) for w in self.weights[:count]
             ]
         }
-        if self.packed:
+        if self.packed and rows > HARDLY_ANY_ROWS:
             calls["packed"] = lambda: [w(x, activation) for w in self.packed[:count]]
         if self.rows and rows <= FEW_ROWS:
             calls["rows"] = lambda: [w(x, activation) for w in self.rows[:count]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyfuse.hf.guards import hooked, values_only, wants_gradient
 from pyfuse.hf.linears import packed_of, projected
-from pyfuse.hf.norms import add_norm, normed
+from pyfuse.hf.norms import norm_of_sum, normed
 from pyfuse.hf.state import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -171,9 +171,9 @@ def bert_feed_forward(self: Any, attention_output: Tensor) -> Tensor:
         kind = _activation(inner, "intermediate_act_fn")
         a, b = packed_of(inner._modules["dense"], x), packed_of(outer._modules["dense"], x)
         if kind is not None and a is not None and b is not None:
-            out = add_norm(outer._modules["LayerNorm"], _two_layers(a, kind, b, x, None), x)
+            out = norm_of_sum(outer._modules["LayerNorm"], _two_layers(a, kind, b, x, None), x)
             if out is not None:
-                return out[0]
+                return out
     return type(self).feed_forward_chunk(self, x)
 
 
@@ -184,9 +184,9 @@ def bert_output(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tenso
     """LayerNorm(dense(x) + residual)"""
     if not self.training and values_only(hidden_states) and values_only(input_tensor):
         m = self._modules
-        out = add_norm(m["LayerNorm"], projected(m["dense"], hidden_states), input_tensor)
+        out = norm_of_sum(m["LayerNorm"], projected(m["dense"], hidden_states), input_tensor)
         if out is not None:
-            return out[0]
+            return out
     return type(self).forward(self, hidden_states, input_tensor)
 
 

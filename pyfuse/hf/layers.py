@@ -16,7 +16,7 @@ from pyfuse.hf.attention import NAMES, pyfuse_attention
 from pyfuse.hf.fused import _activation, feed_forward
 from pyfuse.hf.guards import hooked, values_only, wants_gradient
 from pyfuse.hf.linears import packed_of, projected, projected_together
-from pyfuse.hf.norms import add_norm, is_norm, normed
+from pyfuse.hf.norms import add_norm, is_norm, norm_of_sum, normed
 from pyfuse.hf.rope import rotate
 
 
@@ -94,8 +94,8 @@ def gpt2_block(
 
 def _norm_of_sum(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
     """norm(x + residual)"""
-    out = add_norm(norm, x, residual)
-    return norm(x + residual) if out is None else out[0]
+    out = norm_of_sum(norm, x, residual)
+    return norm(x + residual) if out is None else out
 
 
 def distilbert_block(

@@ -137,6 +137,15 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
     """(norm(x + residual), x + residual) in one pass; None where ``norm`` has to be called."""
+    return _add_norm(norm, x, residual, keep_sum=True)
+
+
+def norm_of_sum(norm: nn.Module, x: Tensor, residual: Tensor) -> Tensor | None:
+    """norm(x + residual) in one pass, the sum not kept; None where ``norm`` has to be called."""
+    return _add_norm(norm, x, residual, keep_sum=False)
+
+
+def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor, keep_sum: bool) -> Any:
     slot, weight = slot_of(norm), norm._parameters.get("weight")
     bias = norm._parameters.get("bias")
     if (
@@ -147,9 +156,11 @@ def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tens
     ):
         return None
     eps = norm.__dict__[slot.eps_name]
-    if slot.casting is None:
-        if x.numel() < SMALL:
-            z = x + residual
-            return F.layer_norm(z, weight.shape, weight, bias, eps), z
-        return layer_norm(x, weight, bias, eps, residual=residual, prenorm=True)
-    return rms_norm(x, weight, eps, residual=residual, prenorm=True, casting=slot.casting)
+    options: dict[str, Any] = {"residual": residual, "prenorm": keep_sum}
+    if slot.casting is not None:
+        return rms_norm(x, weight, eps, casting=slot.casting, **options)
+    if x.numel() >= SMALL:
+        return layer_norm(x, weight, bias, eps, **options)
+    z = x + residual
+    y = F.layer_norm(z, weight.shape, weight, bias, eps)
+    return (y, z) if keep_sum else y
