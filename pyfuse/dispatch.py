@@ -163,6 +163,8 @@ def choose(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: 
 
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
 
 
 def _plain(tensors: tuple[Any, ...]) -> bool:
@@ -171,12 +173,12 @@ def _plain(tensors: tuple[Any, ...]) -> bool:
     for t in tensors:
         if t is not None and (type(t) not in _PLAIN or t.is_neg()):
             return False
-    return torch._C._len_torch_dispatch_stack() == 0
+    return _modes() == 0
 
 
 def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Any:
     """Run a checked call of ``op``: straight to a backend, or as a torch.library operator in a graph."""
-    compiling = torch.compiler.is_compiling()
+    compiling = _is_compiling()
     if not compiling and _explaining.get():
         raise _Explained(_ask_all(op, tensors, options, backend))
     if compiling or not _plain(tensors):

@@ -96,6 +96,18 @@ def test_activations_over_their_whole_range(target: Target, activation: str) -> 
     assert y[0].isinf().all() and y[1].isnan().all()
 
 
+def test_the_vector_exponential_keeps_its_digits(target: Target) -> None:
+    """silu(x) = x / (1 + e^-x) has the relative error of e^-x where that is large: a few ulp at most."""
+    if target.backend != "cpu":
+        pytest.skip("the kernels are the CPU's")
+    x = torch.linspace(-80, 10, 20001)[:, None]
+    y = RowsWeight(torch.ones(1, 1), None)(x, "silu")
+    exact = torch.nn.functional.silu(x.double())
+    error = ((y.double() - exact) / exact).abs().nan_to_num(0.0)  # 0/0 at x = 0
+    ulps = error.max().item() / torch.finfo(torch.float32).eps
+    assert ulps < 4, f"{ulps:.1f} ulp at {x[error.argmax()].item()}"
+
+
 def test_threads_and_runs_agree_bit_by_bit() -> None:
     x, w = torch.randn(67, 333), torch.randn(777, 333)
     before = torch.get_num_threads()

@@ -6,11 +6,13 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyfuse.dispatch import run
 from pyfuse.hf.guards import hooked, values_only, wants_gradient
 from pyfuse.hf.slots import NormSlot
 from pyfuse.hf.state import ATTRIBUTE, bind, state_of
@@ -132,7 +134,26 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
     eps = norm.__dict__[slot.eps_name]
     if slot.casting is None:
         return _layer_norm(x, weight, bias, eps)
-    return rms_norm(x, weight, eps, casting=slot.casting)
+    return _rms_norm(x, weight, eps, slot.casting, None, False)
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, eps: float, casting: str, residual: Tensor | None, keep_sum: bool
+) -> Any:
+    """pyfuse.rms_norm, past its checks where the sizes fit: in decoding they would cost as much as
+    the kernel. The dtypes are the caller's to compare."""
+    if x.shape[-1:] != weight.shape or (residual is not None and residual.shape != x.shape):
+        extra: dict[str, Any] = {"residual": residual, "prenorm": keep_sum}
+        return rms_norm(x, weight, eps, casting=casting, **extra)
+    options = {
+        "eps": eps,
+        "residual": residual,
+        "prenorm": keep_sum and residual is not None,
+        "dropout_p": 0.0,
+        "dropout_seed": None,
+        "casting": casting,
+    }
+    return run("rms_norm", (x, weight), options, None)
 
 
 def add_norm(norm: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -156,10 +177,10 @@ def _add_norm(norm: nn.Module, x: Tensor, residual: Tensor, keep_sum: bool) -> A
     ):
         return None
     eps = norm.__dict__[slot.eps_name]
-    options: dict[str, Any] = {"residual": residual, "prenorm": keep_sum}
     if slot.casting is not None:
-        return rms_norm(x, weight, eps, casting=slot.casting, **options)
+        return _rms_norm(x, weight, eps, slot.casting, residual, keep_sum)
     if x.numel() >= SMALL:
+        options: dict[str, Any] = {"residual": residual, "prenorm": keep_sum}
         return layer_norm(x, weight, bias, eps, **options)
     z = x + residual
     y = F.layer_norm(z, weight.shape, weight, bias, eps)

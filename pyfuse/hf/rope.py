@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfuse.dispatch import run
 from pyfuse.hf.guards import values_only
 from pyfuse.hf.state import bind
 from pyfuse.ops.rope import rope
@@ -88,11 +89,11 @@ class _Tables:
 
 def halves(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor] | None:
     """cos, sin [B or 1, M, R] as pyfuse.rope's [B, M, R/2] or [M, R/2]; None: the halves differ."""
+    if cos.ndim != 3 or cos.shape[0] not in (1, batch) or sin.shape != cos.shape:
+        return None
     last = _Tables.last
     if last is not None and last[0] is cos and last[1] is sin:
         return last[2], last[3]
-    if cos.ndim != 3 or cos.shape[0] not in (1, batch):
-        return None
     half = cos.shape[-1] // 2
     c, s = cos[..., :half], sin[..., :half]
     if not (torch.equal(c, cos[..., half:]) and torch.equal(s, sin[..., half:])):
@@ -109,13 +110,16 @@ def rotate(
     """q [B, Hq, M, D] and k [B, Hk, M, D] turned; None where pyfuse.rope is not the formula."""
     if q.ndim != 4 or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype:
         return None
+    if k.shape[-1] != q.shape[-1] or not q.shape[-2] == k.shape[-2] == cos.shape[-2]:
+        return None
     tables = halves(cos, sin, q.shape[0])
     if tables is None:
         return None
     c, s = tables
-    return rope(q, c, s, layout="half", inplace=inplace), rope(
-        k, c, s, layout="half", inplace=inplace
-    )
+    # Past the checks of pyfuse.rope, whose conditions hold here: in decoding they would cost as
+    # much as the rotation.
+    options = {"layout": "half", "positions": None, "inplace": inplace}
+    return run("rope", (q, c, s), options, None), run("rope", (k, c, s), options, None)
 
 
 @cache
