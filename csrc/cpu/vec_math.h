@@ -70,7 +70,7 @@ constexpr double log2_e = 1.4426950408889634074;
 // e^x = 2^n · e^r with n = round(x·log2 e) and r = x - n·ln 2, ln 2 in two parts of which n times
 // the first is exact (Cody and Waite). Error below 2 ulp for normal results; e^-inf = 0.
 PYFUSE_INLINE vfloat exp(vfloat x) {
-  const vfloat y = not_below_minus_200(x > 200.f ? splat(200.f) : x);
+  const vfloat y = not_below_minus_200(x > 89.f ? splat(89.f) : x);  // e^89 is +inf already
   const vfloat n = round_to_integer(y * static_cast<float>(log2_e));
   const vfloat r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
   return scale_by_power(exp2_fraction(r * static_cast<float>(log2_e)), n);
