@@ -220,3 +220,19 @@ def test_decode_attention(bad: Bad) -> None:
 def test_decode_needs_the_lengths() -> None:
     with pytest.raises(TypeError, match="seqlens_k"):
         pyfuse.decode_attention(CACHED["q"], CACHED["k_cache"], CACHED["v_cache"])  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_cache_too_small_is_named(paged: bool) -> None:
+    q, cache = torch.randn(2, 4, 1, 8), torch.randn(3, 2, 5, 8)
+    table = torch.zeros(2, 2, dtype=torch.int32) if paged else None
+    cache = cache if paged else cache[:2]
+    room = 10 if paged else 5
+    full = torch.tensor([1, room])
+    assert (
+        pyfuse.decode_attention(q, cache, cache, seqlens_k=full, block_table=table).shape == q.shape
+    )
+    with pytest.raises(ValueError, match=f"seqlens_k: a sequence has {room + 1} keys, .* {room}$"):
+        pyfuse.decode_attention(q, cache, cache, seqlens_k=full + 1, block_table=table)
+    with pytest.raises(ValueError, match="seqlens_k: a sequence has -1 keys"):
+        pyfuse.decode_attention(q, cache, cache, seqlens_k=torch.tensor([-1, 2]), block_table=table)
