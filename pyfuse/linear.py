@@ -176,10 +176,12 @@ class PackedLinear:
             self._kernels["packed"] = PackedWeight(weight, bias)
         self._seen = self._state()
 
-    def _state(self) -> tuple[int, int, int]:
+    def _state(self) -> tuple[int, ...]:
         weight, bias = self.weight, self.bias
-        version = 0 if weight.is_inference() else weight._version
-        return (version, weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        seen = (0 if weight.is_inference() else weight._version, weight.data_ptr())
+        if bias is None:
+            return seen
+        return (*seen, 0 if bias.is_inference() else bias._version, bias.data_ptr())
 
     @property
     def outputs(self) -> int:
@@ -212,8 +214,11 @@ class PackedLinear:
             self._refresh()
         k = x.shape[-1]
         kernel = self._kernels.get(self.choice.way(x.numel() // k if k else 0))
-        if kernel is not None and k != kernel.k:
-            raise ValueError(f"x: K is {k}, but the weight has K = {kernel.k}")
+        if kernel is not None:
+            if k != kernel.k:
+                raise ValueError(f"x: K is {k}, but the weight has K = {kernel.k}")
+            if x.dtype != kernel.dtype:
+                raise TypeError(f"x: got {x.dtype}, but the weight is {kernel.dtype}")
         return kernel
 
     def __call__(

@@ -169,6 +169,16 @@ def test_a_written_weight_is_seen(way: str, transposed: bool) -> None:
         assert layer.is_current()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_strided_bias_is_seen_when_written(way: str) -> None:
+    w, bias = torch.randn(65, 111), torch.randn(65, 2)[:, 0]
+    layer = PackedLinear(w, bias, only(way))
+    x = torch.randn(3, 111)
+    checked(layer(x), (x, w, bias, None, None, None), "strided bias")
+    bias.mul_(3.0)
+    checked(layer(x), (x, w, bias, None, None, None), "written bias")
+
+
 def test_copies_are_counted() -> None:
     w = torch.randn(64, 128)
     size = w.numel() * 4
@@ -255,6 +265,12 @@ def test_wrong_inputs_are_refused(way: str) -> None:
     layer = PackedLinear(torch.randn(4, 6), None, only(way))
     with pytest.raises((ValueError, RuntimeError)):
         layer(torch.randn(2, 5))
+    with pytest.raises((TypeError, RuntimeError)):  # read as float32, these bits would be garbage
+        layer(torch.randn(2, 6).bfloat16())
+    for kernel in (RowsWeight, PackedWeight):
+        for bias in (torch.randn(5), torch.randn(4).double()):
+            with pytest.raises(ValueError, match="bias: got shape"):
+                kernel(torch.randn(4, 6), bias)
     with pytest.raises(ValueError, match="weight: got strides"):
         RowsWeight(torch.randn(4, 6).t(), None)
 

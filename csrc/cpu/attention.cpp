@@ -117,30 +117,27 @@ class Forward {
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) sum[r] = sum[r] * alpha[r] + total[r];
   }
 
-  template <int nv>
-  void multiply_v_columns(const Task& t, const Packed* v, int64_t count, const C* alpha,
-                          C* o) const {
-    Path::template multiply_v<nv>(t.probability, v, dv_packed, count, alpha, o);
-  }
-
   // o = o·alpha + P·V for six rows, up to NV vectors of columns at a time.
   void accumulate(const Task& t, const Packed* v, int64_t count, const C* alpha, C* o) const {
-    const int64_t per_vector = W * (Path::value_rows(2) == 1 ? 2 : 1);  // elements of Packed
     for (int64_t column = 0; column < dv_packed / W; column += NV) {
       const int64_t left = dv_packed / W - column;
-      const Packed* values = v + column * per_vector;
+      const Packed* values = v + column * Path::value_vector;
       switch (left < NV ? left : NV) {
         case 1:
-          multiply_v_columns<1>(t, values, count, alpha, o + column * W);
+          Path::template multiply_v<1>(t.probability, values, dv_packed, count, alpha,
+                                       o + column * W);
           break;
         case 2:
-          multiply_v_columns<2>(t, values, count, alpha, o + column * W);
+          Path::template multiply_v<2>(t.probability, values, dv_packed, count, alpha,
+                                       o + column * W);
           break;
         case 3:
-          multiply_v_columns<3>(t, values, count, alpha, o + column * W);
+          Path::template multiply_v<3>(t.probability, values, dv_packed, count, alpha,
+                                       o + column * W);
           break;
         default:
-          multiply_v_columns<NV>(t, values, count, alpha, o + column * W);
+          Path::template multiply_v<NV>(t.probability, values, dv_packed, count, alpha,
+                                        o + column * W);
           break;
       }
     }

@@ -31,7 +31,6 @@ inline void pack_panel(E* panel, int64_t count, int64_t length, const LoadRow& l
   }
 }
 
-// acc[i] for the 6 rows of O, nv vectors wide: loaded times alpha, the tile's P·V added, stored.
 template <class C>
 using vec_of = typename Vec<C>::type;
 
@@ -46,7 +45,7 @@ struct Wide {
       128;  // keys of a tile: its K, then its V, stays in the first-level cache
 
   static int64_t packed_length(int64_t d) { return d; }  // elements of Packed per key
-  static int64_t value_rows(int64_t keys) { return keys; }
+  static constexpr int value_vector = W;  // elements of Packed to the next vector of columns of V
 
   template <class T>
   static void pack_k(Packed* panel, const T* k, int64_t stride, int64_t count, int64_t d) {
@@ -123,7 +122,7 @@ struct Dot {
   static constexpr int BN = 128;  // two bytes an element: half the room of floats
 
   static int64_t packed_length(int64_t d) { return (d + 1) / 2 * 2; }
-  static int64_t value_rows(int64_t keys) { return (keys + 1) / 2; }
+  static constexpr int value_vector = 2 * W;  // two keys lie side by side
 
   static vuint read_pairs(const bf16* p, int64_t n) {
     return (vuint)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);

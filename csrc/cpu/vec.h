@@ -82,10 +82,6 @@ template <class V>
 PYFUSE_INLINE V max(V a, V b) {
   return a > b ? a : b;
 }
-template <class V>
-PYFUSE_INLINE V min(V a, V b) {
-  return a < b ? a : b;
-}
 
 // 0, 1, 2, ... in the lanes.
 template <class C>

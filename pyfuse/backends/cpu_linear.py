@@ -41,7 +41,13 @@ class RowsWeight:
 
     def _hold(self, weight: Tensor, address: int, stride: int, bias: Tensor | None) -> None:
         self.n, self.k = weight.shape
+        if bias is not None:
+            if bias.shape != (self.n,) or bias.dtype != weight.dtype:
+                got = f"shape {tuple(bias.shape)} and {bias.dtype}"
+                raise ValueError(f"bias: got {got}, needs shape ({self.n},) and {weight.dtype}")
+            bias = bias.contiguous()
         self._bias = bias  # keeps its memory alive
+        self.dtype = weight.dtype
         self._w = (address, stride, 0 if bias is None else bias.data_ptr())
         self._dtype = DTYPE[weight.dtype]
 

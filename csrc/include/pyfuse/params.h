@@ -75,7 +75,7 @@ struct RopeParams {
 
 enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, silu = 3, relu = 4 };
 
-// y = act(x·wᵀ + bias) · multiply + residual for few rows: w [N, K] is read once, as it lies.
+// y = act(x·wᵀ + bias) · multiply + residual; w [N, K], or as pack_linear left it.
 struct LinearParams {
   const void *x, *w, *bias, *multiply, *residual;  // the last three may be null
   void* y;
