@@ -27,11 +27,28 @@ from torch.autograd import forward_ad
 from pyfuse.backends import BACKENDS
 
 
+class Gradient(NamedTuple):
+    """How one operation of one backend is differentiated by kernels.
+
+    Arguments are those of the operation: positional ``tensors`` and keyword ``options``, checked.
+    """
+
+    # (*tensors, **options) -> (result as fn returns it, saved): what backward needs beside the arguments.
+    forward: Callable[..., tuple[Any, tuple[torch.Tensor | None, ...]]]
+    # (grads, tensors, options, saved, needs) -> {argument's name: its gradient} for every name in needs.
+    # grads: one for each tensor of the result, None where nothing depends on it. A gradient has its argument's
+    # shape and dtype.
+    backward: Callable[..., dict[str, torch.Tensor]]
+    # (needs, *tensors, **options) -> why these kernels cannot differentiate this call; None if they can.
+    why_not: Callable[..., str | None]
+
+
 class Impl(NamedTuple):
-    """One operation of one backend. Both take the operation's tensors and options, without ``backend``."""
+    """One operation of one backend. All take the operation's tensors and options, without ``backend``."""
 
     fn: Callable[..., Any]
     why_not: Callable[..., str | None]
+    gradient: Gradient | None = None
 
 
 @dataclass(frozen=True)
