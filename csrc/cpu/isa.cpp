@@ -5,17 +5,18 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define PYFUSE_DECLARE(ISA)                                                         \
-  namespace pyfuse::cpu::ISA {                                                      \
-  void attention(const AttentionParams&);                                           \
-  void attention_decode(const AttentionParams&);                                    \
-  void linear(const LinearParams*, int);                                            \
-  void linear_packed(const LinearParams&);                                          \
-  void pack_linear(const LinearParams&);                                            \
-  void norm(const NormParams&);                                                     \
-  void rope(const RopeParams&);                                                     \
-  static const Kernels table = {                                                    \
-      attention, attention_decode, linear, linear_packed, pack_linear, norm, rope}; \
+#define PYFUSE_DECLARE(ISA)                                                                      \
+  namespace pyfuse::cpu::ISA {                                                                   \
+  void attention(const AttentionParams&);                                                        \
+  void attention_decode(const AttentionParams&);                                                 \
+  void linear(const LinearParams*, int);                                                         \
+  void linear_packed(const LinearParams&);                                                       \
+  void pack_linear(const LinearParams&);                                                         \
+  void norm(const NormParams&);                                                                  \
+  void norm_backward(const NormBackwardParams&);                                                 \
+  void rope(const RopeParams&);                                                                  \
+  static const Kernels table = {attention, attention_decode, linear, linear_packed, pack_linear, \
+                                norm,      norm_backward,    rope};                              \
   }
 
 #if defined(__x86_64__)

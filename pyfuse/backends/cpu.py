@@ -13,7 +13,9 @@ OPS: dict[str, Impl] = {
     "decode_attention": Impl(
         cpu_attention.decode_attention, cpu_attention.why_not_decode_attention
     ),
-    "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
-    "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),
+    "layer_norm": Impl(
+        cpu_norm.layer_norm, cpu_norm.why_not_layer_norm, cpu_norm.GRADIENTS["layer_norm"]
+    ),
+    "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm, cpu_norm.GRADIENTS["rms_norm"]),
     "rope": Impl(cpu_rope.rope, cpu_rope.why_not_rope),
 }
