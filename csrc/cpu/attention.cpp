@@ -109,26 +109,30 @@ class Forward {
   // One tile of keys against six rows, from row `first` (absolute) on.
   void fold_tile(const Task& t, const Head& head, int64_t h, int64_t first, int64_t tile,
                  int64_t local) const {
-    const int64_t n = tile * BN, last = first + MR - 1 < p.queries ? first + MR - 1 : p.queries - 1;
+    const int64_t last = first + MR - 1 < p.queries ? first + MR - 1 : p.queries - 1;
     const KeyRange top = visible_keys(p, 0, first), bottom = visible_keys(p, 0, last);
-    if (n >= bottom.hi || n + BN <= top.lo) return;
-    const bool edge = n < bottom.lo || n + BN > top.hi;
-    const int64_t count = bottom.hi - n < BN ? bottom.hi - n : BN;
-    const int64_t width = (count + NR - 1) / NR * NR;
+    const int64_t begin = tile * BN, end = bottom.hi < begin + BN ? bottom.hi : begin + BN;
+    if (begin >= end || begin + BN <= top.lo) return;
+    // Only the panels that some row sees, keys [n, n + width).
+    const int64_t n = top.lo > begin ? begin + (top.lo - begin) / NR * NR : begin;
+    const int64_t count = end - n, width = (count + NR - 1) / NR * NR;
 
     for (int64_t panel = 0; panel < width; panel += NR) {
       Path::multiply_k(t.q + local * d_packed, d_packed, head.k + (n + panel) * d_packed, p.d,
                        t.scores + panel);
     }
-    if (edge || terms || p.mask != nullptr) {
-      for (int r = 0; r < MR; ++r) {
-        const int64_t m =
-            first + r < last ? first + r : last;  // rows past the end are never stored
-        finish_scores(p, 0, h, m, visible_keys(p, 0, m), n, width, t.scores + r * BN, t.row);
-      }
+    const bool everywhere = terms || p.mask != nullptr;
+    const bool left = n<bottom.lo, right = n + width> top.hi;
+    if (everywhere || (left && right)) {
+      finish(t, h, first, last, n, 0, width);
+    } else if (left) {  // up to the first panel that all rows see
+      const int64_t panels = (bottom.lo - n + NR - 1) / NR * NR;
+      finish(t, h, first, last, n, 0, panels < width ? panels : width);
+    } else if (right) {
+      finish(t, h, first, last, n, top.hi > n ? (top.hi - n) / NR * NR : 0, width);
     }
     C alpha[MR];
-    const bool dropping = p.dropout_p > 0;
+    const bool edge = left || right, dropping = p.dropout_p > 0;
     dropping ? softmax<true>(t, h, first, n, width, local, alpha)
              : softmax<false>(t, h, first, n, width, local, alpha);
     const Packed* v = head.v + n * dv_packed;
@@ -137,6 +141,16 @@ class Forward {
       accumulate_visible(t, v, count, alpha, o);
     } else {
       accumulate_columns<Path, MR>(t.probability, BN, Path::depth, v, dv_packed, count, alpha, o);
+    }
+  }
+
+  // The columns [from, to) of six rows, which start at key n.
+  void finish(const Task& t, int64_t h, int64_t first, int64_t last, int64_t n, int64_t from,
+              int64_t to) const {
+    for (int r = 0; r < MR; ++r) {
+      const int64_t m = first + r < last ? first + r : last;  // rows past the end are never stored
+      finish_scores(p, 0, h, m, visible_keys(p, 0, m), n + from, to - from,
+                    t.scores + r * BN + from, t.row);
     }
   }
 

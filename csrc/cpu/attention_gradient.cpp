@@ -126,13 +126,16 @@ class Gradient : public GradientBlock<T, Path> {
     const Weights<Path>& w = t.tile.weights;
     const int64_t queries = Base::rows_of(block), row = block * BM;
     const Packed *q = x.q_values + row * d_padded, *d_o = x.do_values + row * dv_padded;
+    const Packed* k = t.keys.k_values + span.from * d_padded;
+    C *const dk_of_span = t.dk + span.from * d_padded, *const dv_of_span =
+                                                           t.dv + span.from * dv_padded;
     if (span.general && (x.not_finite[block] != C(0) || *t.keys.not_finite != C(0))) {
-      return add_products_visible(t, q, d_o, queries, span.count, dq);
+      return add_products_visible(t, q, d_o, k, queries, span.count, dk_of_span, dv_of_span, dq);
     }
     for (int64_t n = 0; n < span.count;) {
       const bool six = span.count - n >= MR;  // else two, the second perhaps past the last: zero
       const Packed *pw = w.p_of_keys() + n * w.key_row, *dsw = w.ds_of_keys() + n * w.key_row;
-      C *dv = t.dv + n * dv_padded, *dk = t.dk + n * d_padded;
+      C *dv = dv_of_span + n * dv_padded, *dk = dk_of_span + n * d_padded;
       if (six) {
         accumulate_columns<Path, MR>(pw, w.key_row, w.key_step, d_o, dv_padded, queries, nullptr,
                                      dv);
@@ -146,24 +149,23 @@ class Gradient : public GradientBlock<T, Path> {
     }
     for (int64_t i = 0; i < queries; i += MR)
       accumulate_columns<Path, MR>(w.ds_of_queries() + i * w.query_row, w.query_row, w.query_step,
-                                   t.keys.k_values, d_padded, span.count, nullptr,
-                                   dq + i * d_padded);
+                                   k, d_padded, span.count, nullptr, dq + i * d_padded);
   }
 
   // The same where q, k or dO holds a NaN or infinity and some pairs are hidden: 0·NaN must not
   // count.
-  void add_products_visible(const Task& t, const Packed* q, const Packed* d_o, int64_t queries,
-                            int64_t count, C* dq) const {
+  void add_products_visible(const Task& t, const Packed* q, const Packed* d_o, const Packed* k,
+                            int64_t queries, int64_t count, C* dk, C* dv, C* dq) const {
     const Weights<Path>& w = t.tile.weights;
     for (int64_t i = 0; i < queries; ++i) {
       for (int64_t n = 0; n < count; ++n) {
         const C weight = w.p_at(i, n), ds = w.ds_at(i, n);
         for (int64_t j = 0; weight != C(0) && j < p.dv; ++j)
-          t.dv[n * dv_padded + j] += weight * Path::value(d_o, dv_padded, i, j);
+          dv[n * dv_padded + j] += weight * Path::value(d_o, dv_padded, i, j);
         if (ds == C(0)) continue;
         for (int64_t j = 0; j < p.d; ++j) {
-          t.dk[n * d_padded + j] += ds * Path::value(q, d_padded, i, j);
-          dq[i * d_padded + j] += ds * Path::value(t.keys.k_values, d_padded, n, j);
+          dk[n * d_padded + j] += ds * Path::value(q, d_padded, i, j);
+          dq[i * d_padded + j] += ds * Path::value(k, d_padded, n, j);
         }
       }
     }

@@ -235,18 +235,20 @@ class GradientBlock {
 
   // What block against tile has to do. No work: count = 0.
   struct Span {
-    int64_t count;  // keys of the tile that some query of the block sees, from its first key on
+    int64_t from;   // the first panel of the tile that some query of the block sees
+    int64_t count;  // keys from there to the last that some query sees
     bool general;   // some pair is hidden, or scores have terms, or dropout, or the span is whole
     bool whole;     // no query of the block sees a key outside of the tile
   };
   Span span_of(int64_t block, int64_t tile) const {
-    const int64_t n = tile * BN, first = block * BM;
+    const int64_t n = tile * BN, end = n + BN, first = block * BM;
     const int64_t last = first + BM < p.queries ? first + BM - 1 : p.queries - 1;
     const KeyRange top = visible_keys(p, 0, first), bottom = visible_keys(p, 0, last);
-    if (n >= bottom.hi || n + BN <= top.lo || bottom.hi <= top.lo) return {0, false, false};
-    const bool edge = n < bottom.lo || n + BN > top.hi;
-    const bool whole = top.lo >= n && bottom.hi <= n + BN;
-    return {bottom.hi - n < BN ? bottom.hi - n : BN,
+    if (n >= bottom.hi || end <= top.lo || bottom.hi <= top.lo) return {0, 0, false, false};
+    const bool edge = n < bottom.lo || end > top.hi;
+    const bool whole = top.lo >= n && bottom.hi <= end;
+    const int64_t from = top.lo > n ? (top.lo - n) / NR * NR : 0;
+    return {from, (bottom.hi < end ? bottom.hi - n : BN) - from,
             edge || whole || p.mask != nullptr || p.dropout_p > 0 || has_score_terms(p), whole};
   }
 
@@ -255,16 +257,19 @@ class GradientBlock {
   template <bool Keep = false>
   void weights(const Tile& t, const Queries& x, const Keys& keys, int64_t h, int64_t block,
                int64_t from, int64_t tile, Span span) const {
-    const int64_t n = tile * BN, width = (span.count + NR - 1) / NR * NR, row = from * BM;
+    const int64_t n = tile * BN + span.from, width = (span.count + NR - 1) / NR * NR;
+    const int64_t row = from * BM;
     const int64_t block_rows = rows_of(block);
     for (int64_t j = 0; j < width; j += NR)
       for (int64_t i = 0; i < block_rows; i += MR)
         Path::multiply_k(x.q + (row + i) * d_padded, d_padded,
-                         keys.k + j * Path::packed_length(p.d), p.d, t.scores + i * BN + j);
+                         keys.k + (span.from + j) * Path::packed_length(p.d), p.d,
+                         t.scores + i * BN + j);
     for (int64_t j = 0; j < width; j += NR)
       for (int64_t i = 0; i < block_rows; i += MR)
         Path::multiply_k(x.d_o + (row + i) * dv_padded, dv_padded,
-                         keys.v + j * Path::packed_length(p.dv), p.dv, t.dp + i * BN + j);
+                         keys.v + (span.from + j) * Path::packed_length(p.dv), p.dv,
+                         t.dp + i * BN + j);
     if (span.general || Keep) {
       general_weights<Keep>(t, x, h, block, row, n, width, block_rows, span.whole);
     } else {

@@ -23,6 +23,7 @@ template <class T, class Path>
 class ScoreGradient {
   typedef GradientBlock<T, Path> Block;
   typedef typename Path::Compute C;
+  typedef typename Block::Span Span;
   static constexpr int BM = Block::BM, BN = Path::BN;
 
   const AttentionGradientParams& g;
@@ -40,20 +41,20 @@ class ScoreGradient {
             carver.take<double>(sums)};
   }
 
-  // use(first row, rows, keys, p, ds) for every block of queries of head h that sees something of
+  // use(first row, rows, span, p, ds) for every block of queries of head h that sees something of
   // the tile; p and ds have rows of BN. Without delta ds is p · dp.
   template <bool delta, class Use>
   void visit(const Task& t, const Block& block, int64_t h, int64_t tile, const Use& use) const {
     block.pack_keys(t.keys, h / block.group, tile);
     for (int64_t i = 0; i < block.blocks; ++i) {
-      typename Block::Span span = block.span_of(i, tile);
+      Span span = block.span_of(i, tile);
       if (span.count == 0) continue;
       span.whole = span.whole && delta;
       block.pack_queries(t.queries, h, i, 0);
       for (int64_t r = 0; r < BM && !delta; ++r) t.queries.delta[r] = 0;
       block.template weights<true>(t.tile, t.queries, t.keys, h, i, 0, tile, span);
       const int64_t left = p.queries - i * BM;
-      use(i * BM, left < BM ? left : BM, span.count, t.tile.scores, t.tile.dp);
+      use(i * BM, left < BM ? left : BM, span, t.tile.scores, t.tile.dp);
     }
   }
 
@@ -68,9 +69,10 @@ class ScoreGradient {
     const bool every_row = g.mask_size[2] == 1, every_key = g.mask_size[3] == 1;
     const int64_t width = every_key ? 1 : BN, sums = mask_sums();
     for (int64_t i = 0; i < sums; ++i) t.sum[i] = 0;
-    const auto add = [&](int64_t first, int64_t rows, int64_t count, const C*, const C* ds) {
+    const auto add = [&](int64_t first, int64_t rows, Span span, const C*, const C* ds) {
+      const int64_t count = span.count;
       for (int64_t i = 0; i < rows; ++i) {
-        double* to = t.sum + (every_row ? 0 : first + i) * width;
+        double* to = t.sum + (every_row ? 0 : first + i) * width + (every_key ? 0 : span.from);
         if (every_key) {
           for (int64_t j = 0; j < count; ++j) *to += ds[i * BN + j];
         } else {
@@ -120,11 +122,11 @@ class ScoreGradient {
     for (int64_t i = 0; i < 4 * p.queries; ++i) t.sum[i] = 0;
     for (int64_t tile = 0; tile < block.tiles; ++tile) {
       visit<false>(t, block, h, tile,
-                   [&](int64_t first, int64_t rows, int64_t count, const C* weight, const C* p_dp) {
+                   [&](int64_t first, int64_t rows, Span span, const C* weight, const C* p_dp) {
                      for (int64_t i = 0; i < rows; ++i) {
                        const int64_t m = first + i;
-                       const int64_t diagonal = diagonal_key(block.p, 0, m) - tile * BN;
-                       for (int64_t j = i * BN; j < i * BN + count; ++j) {
+                       const int64_t diagonal = diagonal_key(block.p, 0, m) - tile * BN - span.from;
+                       for (int64_t j = i * BN; j < i * BN + span.count; ++j) {
                          const int64_t offset = diagonal - (j - i * BN);
                          const double distance = static_cast<double>(offset < 0 ? -offset : offset);
                          sums.p[m] += weight[j];
