@@ -29,6 +29,7 @@ class Forward {
   typedef typename Path::Packed Packed;
   typedef typename Path::V V;
   static constexpr int W = Path::W, NR = Path::NR, BN = Path::BN;
+  static constexpr int64_t half = half_panel<Path>;
 
   const AttentionParams p;
   const int64_t d_packed = Path::packed_length(p.d);
@@ -113,23 +114,21 @@ class Forward {
     const KeyRange top = visible_keys(p, 0, first), bottom = visible_keys(p, 0, last);
     const int64_t begin = tile * BN, end = bottom.hi < begin + BN ? bottom.hi : begin + BN;
     if (begin >= end || begin + BN <= top.lo) return;
-    // Only the panels that some row sees, keys [n, n + width).
-    const int64_t n = top.lo > begin ? begin + (top.lo - begin) / NR * NR : begin;
-    const int64_t count = end - n, width = (count + NR - 1) / NR * NR;
+    // Only the half panels that some row sees, keys [n, n + width).
+    const int64_t n = top.lo > begin ? begin + (top.lo - begin) / half * half : begin;
+    const int64_t count = end - n, width = (count + half - 1) / half * half;
 
-    for (int64_t panel = 0; panel < width; panel += NR) {
-      Path::multiply_k(t.q + local * d_packed, d_packed, head.k + (n + panel) * d_packed, p.d,
-                       t.scores + panel);
-    }
+    multiply_keys<Path>(t.q + local * d_packed, d_packed, head.k + begin * d_packed, n - begin,
+                        width, p.d, t.scores);
     const bool everywhere = terms || p.mask != nullptr;
     const bool left = n<bottom.lo, right = n + width> top.hi;
     if (everywhere || (left && right)) {
       finish(t, h, first, last, n, 0, width);
     } else if (left) {  // up to the first panel that all rows see
-      const int64_t panels = (bottom.lo - n + NR - 1) / NR * NR;
+      const int64_t panels = (bottom.lo - n + half - 1) / half * half;
       finish(t, h, first, last, n, 0, panels < width ? panels : width);
     } else if (right) {
-      finish(t, h, first, last, n, top.hi > n ? (top.hi - n) / NR * NR : 0, width);
+      finish(t, h, first, last, n, top.hi > n ? (top.hi - n) / half * half : 0, width);
     }
     C alpha[MR];
     const bool edge = left || right, dropping = p.dropout_p > 0;
@@ -163,8 +162,8 @@ class Forward {
     V top[MR];
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       top[r] = load(t.scores + r * BN);
-      for (int64_t j = 0; j < width; j += NR) {
-        PYFUSE_UNROLL for (int v = 0; v < NV; ++v) top[r] =
+      for (int64_t j = 0; j < width; j += half) {
+        PYFUSE_UNROLL for (int v = 0; v < NV / 2; ++v) top[r] =
             PYFUSE_ISA::max(top[r], load(t.scores + r * BN + j + v * W));
       }
     }
@@ -187,8 +186,8 @@ class Forward {
         dropout_row(dropout, static_cast<uint32_t>(p.sequence), static_cast<uint32_t>(h),
                     static_cast<uint32_t>(first + r), n, width, t.row);
       V parts[2] = {};
-      for (int64_t j = 0; j < width; j += NR) {
-        PYFUSE_UNROLL for (int v = 0; v < NV; ++v) {
+      for (int64_t j = 0; j < width; j += half) {
+        PYFUSE_UNROLL for (int v = 0; v < NV / 2; ++v) {
           const V e = exp2_bounded(load(s + j + v * W) * c + shift);
           parts[v % 2] += e;
           Path::put_p(t.probability + r * BN, j + v * W,

@@ -107,6 +107,7 @@ class GradientBlock {
   typedef typename Path::Packed Packed;
   typedef typename Path::V V;
   static constexpr int W = Path::W, NR = Path::NR, BN = Path::BN;
+  static constexpr int64_t half = half_panel<Path>;
 
  public:
   static constexpr int BM = 8 * MR;  // queries of a block: 12 KiB of Q at D = 64 in float
@@ -235,7 +236,7 @@ class GradientBlock {
 
   // What block against tile has to do. No work: count = 0.
   struct Span {
-    int64_t from;   // the first panel of the tile that some query of the block sees
+    int64_t from;   // the first half panel of the tile that some query of the block sees
     int64_t count;  // keys from there to the last that some query sees
     bool general;   // some pair is hidden, or scores have terms, or dropout, or the span is whole
     bool whole;     // no query of the block sees a key outside of the tile
@@ -247,7 +248,7 @@ class GradientBlock {
     if (n >= bottom.hi || end <= top.lo || bottom.hi <= top.lo) return {0, 0, false, false};
     const bool edge = n < bottom.lo || end > top.hi;
     const bool whole = top.lo >= n && bottom.hi <= end;
-    const int64_t from = top.lo > n ? (top.lo - n) / NR * NR : 0;
+    const int64_t from = top.lo > n ? (top.lo - n) / half * half : 0;
     return {from, (bottom.hi < end ? bottom.hi - n : BN) - from,
             edge || whole || p.mask != nullptr || p.dropout_p > 0 || has_score_terms(p), whole};
   }
@@ -257,19 +258,13 @@ class GradientBlock {
   template <bool Keep = false>
   void weights(const Tile& t, const Queries& x, const Keys& keys, int64_t h, int64_t block,
                int64_t from, int64_t tile, Span span) const {
-    const int64_t n = tile * BN + span.from, width = (span.count + NR - 1) / NR * NR;
+    const int64_t n = tile * BN + span.from, width = (span.count + half - 1) / half * half;
     const int64_t row = from * BM;
     const int64_t block_rows = rows_of(block);
-    for (int64_t j = 0; j < width; j += NR)
-      for (int64_t i = 0; i < block_rows; i += MR)
-        Path::multiply_k(x.q + (row + i) * d_padded, d_padded,
-                         keys.k + (span.from + j) * Path::packed_length(p.d), p.d,
-                         t.scores + i * BN + j);
-    for (int64_t j = 0; j < width; j += NR)
-      for (int64_t i = 0; i < block_rows; i += MR)
-        Path::multiply_k(x.d_o + (row + i) * dv_padded, dv_padded,
-                         keys.v + (span.from + j) * Path::packed_length(p.dv), p.dv,
-                         t.dp + i * BN + j);
+    multiply_all(x.q + row * d_padded, d_padded, keys.k, span.from, width, p.d, block_rows,
+                 t.scores);
+    multiply_all(x.d_o + row * dv_padded, dv_padded, keys.v, span.from, width, p.dv, block_rows,
+                 t.dp);
     if (span.general || Keep) {
       general_weights<Keep>(t, x, h, block, row, n, width, block_rows, span.whole);
     } else {
@@ -285,6 +280,19 @@ class GradientBlock {
           t.weights.put_ds(i, j, p0 * (load(dp + j) - delta0), p1 * (load(dp + BN + j) - delta1));
         }
       }
+    }
+  }
+
+  // The rows of a block times keys [from, from + width): each panel stays in the first-level cache
+  // for all of them.
+  static void multiply_all(const Packed* q, int64_t q_stride, const Packed* panels, int64_t from,
+                           int64_t width, int64_t d, int64_t block_rows, C* s) {
+    for (int64_t j = from; j < from + width;) {
+      const int64_t end = j / NR * NR + NR < from + width ? j / NR * NR + NR : from + width;
+      for (int64_t i = 0; i < block_rows; i += MR)
+        multiply_keys<Path>(q + i * q_stride, q_stride, panels, j, end - j, d,
+                            s + i * BN + j - from);
+      j = end;
     }
   }
 

@@ -63,6 +63,17 @@ void mask_row(const AttentionParams& p, int64_t b, int64_t h, int64_t m, int64_t
   }
 }
 
+// s[j] = -inf for all j outside of [lo, hi), j < width.
+template <class C>
+inline void hide_outside(int64_t lo, int64_t hi, int64_t width, C* s) {
+  typedef typename Vec<C>::type V;
+  const V hidden = splat(-static_cast<C>(INFINITY));
+  const V first = splat(static_cast<C>(lo)), end = splat(static_cast<C>(hi));
+  V key = iota<C>();
+  for (int64_t j = 0; j < width; j += Vec<C>::width, key += static_cast<C>(Vec<C>::width))
+    store(s + j, (key < first) | (key >= end) ? hidden : load(s + j));
+}
+
 // Turns the raw products s[0..width) of query m with keys n, n+1, ... into scores: scale, softcap,
 // bias, ALiBi (only if has_score_terms), then -inf for every key that the query does not see.
 // `row` is scratch of the same width; width is a multiple of the vector width. cap_slope, where
@@ -74,6 +85,7 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
   constexpr int W = Vec<C>::width;
   const V hidden = splat(-static_cast<C>(INFINITY));
   const bool terms = has_score_terms(p);
+  if (!terms && p.mask == nullptr) return hide_outside(range.lo - n, range.hi - n, width, s);
   const C scale = static_cast<C>(p.scale), cap = static_cast<C>(p.softcap);
   const C slope = p.alibi_slopes != nullptr ? static_cast<C>(p.alibi_slopes[h]) : C(0);
   const C diagonal = static_cast<C>(diagonal_key(p, b, m) - n);

@@ -34,21 +34,16 @@ inline void pack_panel(E* panel, int64_t count, int64_t length, const LoadRow& l
 template <class C>
 using vec_of = typename Vec<C>::type;
 
+// out = out·alpha + acc, alpha being one number a row (null: 1). The tile's own sum is added at the
+// end, not begun with out: the rounding errors of short sums grow less than those of one long sum.
 template <int R, int nv, class V, class C>
-PYFUSE_INLINE void load_scaled(V (&acc)[R][nv], const C* from, int64_t stride, const C* alpha) {
+PYFUSE_INLINE void add_tile(const V (&acc)[R][nv], const C* alpha, C* out, int64_t stride) {
   constexpr int W = Vec<C>::width;
   PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
     PYFUSE_UNROLL for (int v = 0; v < nv; ++v) {
-      const V x = load(from + r * stride + v * W);
-      acc[r][v] = alpha == nullptr ? x : x * alpha[r];
+      C* to = out + r * stride + v * W;
+      store(to, alpha == nullptr ? load(to) + acc[r][v] : load(to) * alpha[r] + acc[r][v]);
     }
-  }
-}
-template <int R, int nv, class V, class C>
-PYFUSE_INLINE void store_tile(const V (&acc)[R][nv], C* to, int64_t stride) {
-  PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
-    PYFUSE_UNROLL for (int v = 0; v < nv; ++v)
-        store(to + r * stride + v * Vec<C>::width, acc[r][v]);
   }
 }
 
@@ -64,6 +59,7 @@ struct Wide {
 
   static int64_t packed_length(int64_t d) { return d; }  // elements of Packed per key
   static constexpr int value_vector = W;  // elements of Packed to the next vector of columns of V
+  static constexpr int panel_vector = W;  // the same in a panel of K
   static constexpr int depth = 1;         // summed elements that one step takes
 
   template <class T>
@@ -98,9 +94,10 @@ struct Wide {
     if (j < d) store(packed + j, load(q + j, d - j), d - j);
   }
 
-  // s[6][NR] = rows of Q (or dO) times one panel of K (or V); s has rows of BN.
+  // s[6][nv·W] = rows of Q (or dO) times nv vectors of one panel of K (or V); s has rows of BN.
+  template <int nv>
   static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d, C* s) {
-    multiply_panel(q, q_stride, panel, NR, d, s, BN);
+    multiply_panel<nv>(q, q_stride, panel, NR, d, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, V x) { store(p + j, x); }
@@ -111,8 +108,7 @@ struct Wide {
   static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
                          const Packed* values, int64_t padded, int64_t count, const C* alpha,
                          C* out) {
-    V acc[R][nv];
-    load_scaled(acc, out, padded, alpha);
+    V acc[R][nv] = {};
     for (int64_t n = 0; n < count; ++n) {
       V x[nv];
       PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load(values + n * padded + v * W);
@@ -121,7 +117,7 @@ struct Wide {
         PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] += weight * x[v];
       }
     }
-    store_tile(acc, out, padded);
+    add_tile(acc, alpha, out, padded);
   }
 
   static C value(const Packed* values, int64_t padded, int64_t n, int64_t j) {
@@ -141,7 +137,8 @@ struct Dot {
 
   static int64_t packed_length(int64_t d) { return (d + 1) / 2 * 2; }
   static constexpr int value_vector = 2 * W;  // two keys lie side by side
-  static constexpr int depth = 2;             // a pair
+  static constexpr int panel_vector = 2 * W;
+  static constexpr int depth = 2;  // a pair
 
   static vuint read_pairs(const bf16* p, int64_t n) {
     return (vuint)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
@@ -179,9 +176,10 @@ struct Dot {
     if (d % 2 != 0) packed[d] = bf16{0};
   }
 
+  template <int nv>
   static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d,
                          float* s) {
-    multiply_pairs(q, q_stride, panel, NR, (d + 1) / 2, s, BN);
+    multiply_pairs<nv>(q, q_stride, panel, NR, (d + 1) / 2, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, vfloat x) { store(p + j, x); }
@@ -191,8 +189,7 @@ struct Dot {
   static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
                          const Packed* values, int64_t padded, int64_t count, const float* alpha,
                          float* out) {
-    vfloat acc[R][nv];
-    load_scaled(acc, out, padded, alpha);
+    vfloat acc[R][nv] = {};
     for (int64_t n = 0; n < count; n += 2, weights += step_stride) {
       __m512bh x[nv];
       PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load_pairs(values + n * padded + 2 * v * W);
@@ -202,7 +199,7 @@ struct Dot {
             (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], weight, x[v]);
       }
     }
-    store_tile(acc, out, padded);
+    add_tile(acc, alpha, out, padded);
   }
 
   static float value(const Packed* values, int64_t padded, int64_t n, int64_t j) {
@@ -211,6 +208,31 @@ struct Dot {
   static float probability(const Packed* p, int64_t n) { return to_compute(p[n]); }
 };
 #endif
+
+// What is skipped at the edge of the visible keys: half a panel, the least that keeps the
+// multipliers busy.
+template <class Path>
+constexpr int64_t half_panel = Path::NR / 2;
+
+// s[6][width] = rows of Q times keys [from, from + width) of a tile, packed in panels; both are
+// multiples of half a panel.
+template <class Path>
+inline void multiply_keys(const typename Path::Packed* q, int64_t q_stride,
+                          const typename Path::Packed* panels, int64_t from, int64_t width,
+                          int64_t d, typename Path::Compute* s) {
+  constexpr int64_t NR = Path::NR, half = half_panel<Path>;
+  for (int64_t j = from; j < from + width;) {
+    const typename Path::Packed* panel = panels + j / NR * NR * Path::packed_length(d);
+    if (j % NR == 0 && from + width - j >= NR) {
+      Path::template multiply_k<NV>(q, q_stride, panel, d, s + j - from);
+      j += NR;
+    } else {
+      panel += j % NR / Path::W * Path::panel_vector;
+      Path::template multiply_k<NV / 2>(q, q_stride, panel, d, s + j - from);
+      j += half;
+    }
+  }
+}
 
 // Path::accumulate for R rows and all columns (`padded` of them), NV vectors at a time.
 template <class Path, int R>

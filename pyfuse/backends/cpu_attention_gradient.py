@@ -72,6 +72,9 @@ def varlen_attention_backward(
         if name in result:
             for outside in forward.rows_outside(bound, result[name].shape[0]):
                 result[name][outside] = 0.0
+    if "sinks" in result and len(grads) > 1 and grads[1] is not None:
+        for outside in forward.rows_outside(cu_seqlens[0], q.shape[0]):  # there lse is the sink
+            result["sinks"] += grads[1][:, outside].sum(-1).to(result["sinks"].dtype)
     return result
 
 
