@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import (
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import output_capturing
 
+from pyfuse.hf.guards import is_tracing
 from pyfuse.hf.masks import CompactMask
 from pyfuse.hf.packing import PackedMask
 from pyfuse.ops.attention import attention, varlen_attention
@@ -203,12 +204,12 @@ def _gradient_wanted(*tensors: Any) -> bool:
 
 
 def _plain_call(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """One dtype and batch size (learned queries broadcast), no autocast, no weights recorded."""
+    """One dtype and batch size (learned queries broadcast), no autocast, nothing recorded."""
     if not (query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]):
         return False
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._is_any_autocast_enabled() and not _weights_recorded()
+    return not (torch._C._is_any_autocast_enabled() or is_tracing() or _weights_recorded())
 
 
 def _weights_recorded() -> bool:
