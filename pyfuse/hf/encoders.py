@@ -35,7 +35,6 @@ MODELS = {
     "9ad598e21c7f4ae1": Family(planning, "encoder"),  # BertModel, RobertaModel, XLMRobertaModel
     "5ef3f97ef9120ef7": Family(planning, "encoder"),  # ElectraModel
     "6cda880bade672a9": Family(planning, "encoder"),  # ErnieModel
-    "0a5870e40416a5c0": Family(planning, "encoder"),  # RobertaPreLayerNormModel
     "be41b0485b301790": Family(planning, "transformer"),  # DistilBertModel
     "f7837a64f0d1c687": Family(modernbert, None),  # ModernBertModel
 }
@@ -48,9 +47,6 @@ TOKEN_BY_TOKEN = frozenset(
         "97c043994f702d04",  # BertSelfAttention
         "354ffc440c3edfc0",  # BertSelfOutput, BertOutput
         "6002bcd3b4e123a0",  # BertIntermediate
-        "369cd4b3d7373eb0",  # RobertaPreLayerNormAttention
-        "a8a31783e70a1b3c",  # RobertaPreLayerNormSelfOutput, RobertaPreLayerNormOutput
-        "d8eb77d1d271d5fa",  # RobertaPreLayerNormIntermediate
         "2ea7945464660ddb",  # DistilBERT's Transformer
         "57d1b308c344a234",  # its TransformerBlock
         "44f134cddcc089c6",  # DistilBertSelfAttention
@@ -79,6 +75,7 @@ POINTWISE = (
     nn.Hardswish,
 )
 PLAIN = (nn.Linear, nn.Dropout, nn.Identity, nn.Embedding, nn.ModuleList)
+PAIRS = ("relative_attention_bias", "rel_embeddings")  # T5, MPNet; DeBERTa
 # Heads of transformers that read the first position of a row, which is always computed, or every
 # position by itself. The others compare positions (question answering), or take a loss over all.
 HEADS = (
@@ -197,4 +194,6 @@ def _why_none(model: Any) -> str:
         return "only encoders alone are unpadded, not the half of an encoder-decoder"
     if any(getattr(module, "is_causal", False) for module in model.modules()):
         return "it is a decoder"
+    if any(name.endswith(PAIRS) for name, _module in model.named_modules()):
+        return "its attention adds a bias that belongs to two positions of the padded batch"
     return f"{type(model).__name__} is none of the encoders that are known to allow it"

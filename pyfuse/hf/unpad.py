@@ -50,11 +50,10 @@ def plan(model: Any, given: dict[str, Any]) -> Packing | None:
     if (
         type(mask) is not Tensor
         or type(ids) is not Tensor
+        or not (mask.is_cpu and ids.is_cpu and values_only(mask))
         or mask.ndim != 2
         or mask.shape != ids.shape
         or model.training
-        or not (mask.is_cpu and ids.is_cpu and values_only(mask))
-        or torch.jit.is_tracing()
         or any(v is not None and v is not False and k not in _TOKENS for k, v in given.items())
     ):
         return None
@@ -78,7 +77,6 @@ def _configured(config: Any) -> bool:
         config._attn_implementation in NAMES
         and isinstance(config.pad_token_id, int)
         and not getattr(config, "output_hidden_states", False)
-        and not getattr(config, "output_attentions", False)
         and not getattr(config, "is_causal", False)
     )
 
@@ -189,7 +187,7 @@ def modernbert(cls: Any) -> Callable[..., Any]:
             return own(self, *args, **kwargs)
         ids, positions = given["input_ids"], given.get("position_ids")
         if positions is None:
-            positions = torch.arange(ids.shape[1])[None]
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         half = self.config.sliding_window
         output = own(
             self,
