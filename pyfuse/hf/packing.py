@@ -52,7 +52,7 @@ class Packing(NamedTuple):
 
 def _starts(chosen: Tensor) -> Tensor:
     """[B, S] bool -> [B + 1]: 0 and the running count of the chosen."""
-    starts = torch.zeros(len(chosen) + 1, dtype=torch.int32, device=chosen.device)
+    starts = torch.zeros(len(chosen) + 1, dtype=torch.int64, device=chosen.device)
     torch.cumsum(chosen.sum(1), 0, out=starts[1:])
     return starts
 
