@@ -52,7 +52,7 @@ bool few_queries(const AttentionParams& p) {
 
 void run(const AttentionParams& p) {
   const py::gil_scoped_release release;
-  few_queries(p) ? cpu::kernels().attention_decode(p) : cpu::kernels().attention(p);
+  few_queries(p) ? cpu::kernels().attention_decode(DecodeParams{p}) : cpu::kernels().attention(p);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #define PYFUSE_DECLARE(ISA)                                                         \
   namespace pyfuse::cpu::ISA {                                                      \
   void attention(const AttentionParams&);                                           \
-  void attention_decode(const AttentionParams&);                                    \
+  void attention_decode(const DecodeParams&);                                       \
   void linear(const LinearParams*, int);                                            \
   void linear_packed(const LinearParams&);                                          \
   void pack_linear(const LinearParams&);                                            \

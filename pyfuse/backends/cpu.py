@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cpu_attention, cpu_norm, cpu_rope
+from pyfuse.backends import cpu_attention, cpu_decode, cpu_norm, cpu_rope
 from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
 from pyfuse.dispatch import Impl
 
@@ -10,9 +10,7 @@ __all__ = ["OPS", "available_isas", "isa", "select_isa", "why_unavailable"]
 
 OPS: dict[str, Impl] = {
     "attention": Impl(cpu_attention.attention, cpu_attention.why_not_attention),
-    "decode_attention": Impl(
-        cpu_attention.decode_attention, cpu_attention.why_not_decode_attention
-    ),
+    "decode_attention": Impl(cpu_decode.decode_attention, cpu_decode.why_not_decode_attention),
     "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
     "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),
     "rope": Impl(cpu_rope.rope, cpu_rope.why_not_rope),

@@ -28,7 +28,7 @@ def why_not_attention(
     return None
 
 
-def _empty_like_q(q: Tensor, dv: int) -> Tensor:
+def empty_like_q(q: Tensor, dv: int) -> Tensor:
     """o in the memory order of q: a [B, M, H, D] view gives a [B, M, H, Dv] view, so nothing is copied later."""
     batch, heads, rows, _ = q.shape
     if q.stride(1) < q.stride(2):
@@ -74,7 +74,7 @@ def attention(
     """See pyfuse.attention. align_to_seqlens: as in pyfuse.decode_attention."""
     batch, heads, rows, d = q.shape
     sizes = (batch, heads, k.shape[1], rows, k.shape[2], d, v.shape[3])
-    o = _empty_like_q(q, v.shape[3])
+    o = empty_like_q(q, v.shape[3])
     lse = None
     if return_lse:
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -94,24 +94,3 @@ def attention(
             *_mask_arguments(mask, sizes),
         )  # fmt: skip
     return o if lse is None else (o, lse)
-
-
-def why_not_decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, block_table: Tensor | None = None, **_: Any
-) -> str | None:
-    if block_table is not None:
-        return "the kernels read a contiguous cache only, not a paged one"
-    return why_not_attention(q, k_cache, v_cache)
-
-
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    seqlens_k: Tensor,
-    block_table: None = None,
-    **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.decode_attention."""
-    return attention(q, k_cache, v_cache, seqlens_k=seqlens_k, align_to_seqlens=True, **options)
