@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse tests benchmarks setup.py
 
 .PHONY: help demo models test lint format bars bench clean

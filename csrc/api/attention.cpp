@@ -92,11 +92,14 @@ bool few_queries(const AttentionParams& p) {
 
 // tiled: on the tiled kernel in any case. A backward needs the scores that its lse came from, bit
 // by bit, and computes them as that kernel does.
-void attention(const py::tuple& call, bool align_to_seqlens, bool tiled) {
-  AttentionParams p = read_call(call);
-  p.align_to_seqlens = align_to_seqlens && p.seqlens_k != nullptr;
+void attention(const py::tuple& call, bool tiled) {
+  const AttentionParams p = read_call(call);
   const py::gil_scoped_release release;
-  !tiled&& few_queries(p) ? cpu::kernels().attention_decode(p) : cpu::kernels().attention(p);
+  if (!tiled && few_queries(p)) {
+    cpu::kernels().attention_decode(DecodeParams{p});
+  } else {
+    cpu::kernels().attention(p);
+  }
 }
 
 void varlen_attention(const py::tuple& call, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k) {

@@ -8,7 +8,7 @@
 #define PYFUSE_DECLARE(ISA)                                                      \
   namespace pyfuse::cpu::ISA {                                                   \
   void attention(const AttentionParams&);                                        \
-  void attention_decode(const AttentionParams&);                                 \
+  void attention_decode(const DecodeParams&);                                    \
   void attention_gradient(const AttentionGradientParams&);                       \
   void attention_score_gradient(const AttentionGradientParams&);                 \
   void linear(const LinearParams*, int);                                         \

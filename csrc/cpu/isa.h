@@ -13,7 +13,7 @@ constexpr int packed_linear_panel = 64;  // outputs of a panel of a packed weigh
 // set defines one of these functions in its namespace pyfuse::cpu::<isa>.
 struct Kernels {
   void (*attention)(const AttentionParams&);
-  void (*attention_decode)(const AttentionParams&);
+  void (*attention_decode)(const DecodeParams&);
   void (*attention_gradient)(const AttentionGradientParams&);
   void (*attention_score_gradient)(const AttentionGradientParams&);
   void (*linear)(const LinearParams* layers, int count);  // of one dtype, side by side

@@ -16,6 +16,7 @@ OPS: dict[str, Impl] = {
             cpu_attention_gradient.attention_forward,
             cpu_attention_gradient.attention_backward,
             cpu_attention_gradient.why_not,
+            cpu_attention_gradient.restore,
         ),
     ),
     "varlen_attention": Impl(
@@ -25,6 +26,7 @@ OPS: dict[str, Impl] = {
             cpu_attention_gradient.varlen_attention_forward,
             cpu_attention_gradient.varlen_attention_backward,
             cpu_attention_gradient.why_not,
+            cpu_attention_gradient.restore,
         ),
     ),
     "decode_attention": Impl(cpu_decode.decode_attention, cpu_decode.why_not_decode_attention),

@@ -31,11 +31,11 @@ def why_not_varlen_attention(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, align_to_seqlens: bool = False, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.attention. align_to_seqlens: as in pyfuse.decode_attention."""
+    """See pyfuse.attention."""
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q)) if options["return_lse"] else None
-    o = attention_into(lse, q, k, v, options, align_to_seqlens)
+    o = attention_into(lse, q, k, v, options)
     return o if lse is None else (o, lse)
 
 
@@ -45,7 +45,6 @@ def attention_into(
     k: Tensor,
     v: Tensor,
     options: dict[str, Any],
-    align_to_seqlens: bool = False,
     tiled: bool = False,
 ) -> Tensor:
     """o; writes lse [B, Hq, M], float32 or float64, where one is given.
@@ -55,7 +54,7 @@ def attention_into(
     o = empty_like_q(q, v.shape[3])
     if o.numel() > 0:
         arguments, _alive = call_arguments(q, k, v, o, lse, padded_sizes(q, k, v), **options)
-        module().attention(arguments, align_to_seqlens, tiled)
+        module().attention(arguments, tiled)
     return o
 
 

@@ -36,6 +36,12 @@ def varlen_attention_forward(
     return _result(o, lse, q, options), (o, lse)
 
 
+def restore(results: tuple[Tensor, ...], *_: Any) -> Saved:
+    """What a forward saves, from the results of any: a graph keeps lse in float32, rounded once more."""
+    o, lse = results
+    return o, lse.double()
+
+
 def _result(o: Tensor, lse: Tensor, q: Tensor, options: dict[str, Any]) -> Result:
     return (o, lse.to(forward.lse_dtype(q))) if options["return_lse"] else o
 

@@ -85,6 +85,22 @@ def check_per_head(name: str, values: Tensor, q: Tensor, heads: int) -> None:
         raise TypeError(f"{name}: dtype {values.dtype}, needs q's {q.dtype} or torch.float32")
 
 
+def check_scores(
+    q: Tensor,
+    heads: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    """What acts on the scores of any of the three."""
+    if softcap is not None:
+        check_softcap(softcap)
+    if sinks is not None:
+        check_per_head("sinks", sinks, q, heads)
+    if alibi_slopes is not None:
+        check_per_head("alibi_slopes", alibi_slopes, q, heads)
+
+
 def check_lengths(name: str, lengths: Tensor, q: Tensor, letter: str, size: int) -> None:
     """seqlens_k [B], or cu_seqlens [B+1]: int32 or int64."""
     _check_tensor(name, lengths, q)
@@ -95,8 +111,11 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, letter: str, size: int)
     check_integers(name, lengths)
 
 
-def check_capacity(lengths: Tensor, capacity: int) -> None:
-    """No sequence is longer than the cache; looked at only where that costs no device sync and no graph break."""
+def check_capacity(lengths: Tensor, capacity: int, new: int = 0) -> None:
+    """No sequence is longer than the cache, nor shorter than the `new` keys that it is said to include.
+
+    Looked at only where that costs no device sync and no graph break.
+    """
     if (
         torch.compiler.is_compiling()
         or type(lengths) is not Tensor
@@ -106,13 +125,15 @@ def check_capacity(lengths: Tensor, capacity: int) -> None:
         or lengths.numel() == 0
     ):
         return
-    low, high = (int(x) for x in lengths.aminmax())
+    values = lengths.tolist()
+    high, low = max(values), min(values)
     if high > capacity:
         raise ValueError(
             f"seqlens_k: a sequence has {high} keys, but the cache has room for {capacity}"
         )
-    if low < 0:
-        raise ValueError(f"seqlens_k: a sequence has {low} keys, needs 0 or more")
+    if low < new:
+        reason = f", the {new} of k_new included" if new else ""
+        raise ValueError(f"seqlens_k: a sequence has {low} keys, needs {new} or more{reason}")
 
 
 def check_integers(name: str, values: Tensor) -> None:

@@ -32,7 +32,7 @@ SCHEMAS: dict[str, str] = {
     "varlen_attention": "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, bool causal, "
     "SymInt[]? window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, float dropout_p, "
     "Tensor? dropout_seed, float? scale, bool return_lse",
-    "decode_attention": "Tensor q, Tensor k_cache, Tensor v_cache, *, Tensor seqlens_k, Tensor? block_table, "
+    "decode_attention": "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_new, Tensor? v_new, *, Tensor seqlens_k, Tensor? block_table, "
     "bool causal, SymInt[]? window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, float? scale, "
     "bool return_lse",
     "layer_norm": "Tensor x, Tensor? weight, Tensor? bias, *, float eps, Tensor? residual, bool prenorm, "
@@ -56,7 +56,7 @@ _library = torch.library.Library("pyfuse", "DEF")
 
 def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], named: str | None) -> Any:
     """Put the call into the graph: as an operator, or the formula where only that will do."""
-    if formula_reason() is not None or named == "eager":
+    if formula_reason() is not None or named == "eager" or _only_as_formula(op, tensors, options):
         return eager.OPS[op].fn(*tensors, **options)
     if op == "embed":
         kind = options["position_weight"]
@@ -72,6 +72,11 @@ def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], named: str |
     if in_place:
         return tensors[0].copy_(results[0])
     return results[0] if len(results) == 1 or not with_lse else tuple(results)
+
+
+def _only_as_formula(op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """What no operator here can say: it would write to an argument (a cache)."""
+    return op == "decode_attention" and tensors[3] is not None
 
 
 def _parsed(

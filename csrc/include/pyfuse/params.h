@@ -64,6 +64,15 @@ struct AttentionGradientParams {
   double* d_alibi_slopes;  // [Hq]; null: not wanted
 };
 
+// Attention of few queries over a cache. With a block_table the cache is in pages and k and v are
+// [pages, Hk, page_size, ...]: key j of sequence b lies in page block_table[b][j / page_size].
+struct DecodeParams : AttentionParams {
+  const void* block_table = nullptr;  // [B, pages of a sequence], int32 or int64; null: contiguous
+  bool table_is_64_bit = false;
+  int64_t table_stride[2] = {};
+  int64_t page_size = 1, pages = 0;
+};
+
 // y = norm(x [+ residual]) · weight + bias over the last dimension.
 struct NormParams {
   const void* x;
