@@ -146,6 +146,25 @@ def test_chunked_feed_forward_blocks() -> None:
     assert not packed_rows
 
 
+class Narrow(hf.BertModel):
+    """One that hides more than its padding."""
+
+    def _create_attention_masks(self, attention_mask: Tensor, **kwargs: Any) -> Any:
+        hidden = attention_mask.clone()
+        hidden[:, 3] = 0
+        return super()._create_attention_masks(attention_mask=hidden, **kwargs)
+
+
+def test_a_mask_of_ones_own_stays_padded() -> None:
+    model = with_head(Narrow, "bert")
+    inputs = batch(model, "right")
+    kept = computed(model, inputs)
+    stock = states(model, inputs)
+    assert accelerate(model).patched["unpadding"] == 1
+    close(states(model, inputs)[kept], stock[kept])
+    assert not packed_rows
+
+
 def test_modules_put_in_later_see_the_padded_batch() -> None:
     model = build("bert")
     inputs = batch(model, "right")
@@ -154,7 +173,7 @@ def test_modules_put_in_later_see_the_padded_batch() -> None:
     expected = states(model, inputs)
     count = len(packed_rows)
     dense = model.encoder.layer[0].output.dense
-    model.encoder.layer[0].output.dense = Double(dense)
+    model.encoder.layer[0].output.dense = Double(dense).eval()
     close(states(model, inputs)[kept], expected[kept])
     model.encoder.layer[0].output.dense = dense
     dense.forward = lambda x: nn.Linear.forward(dense, x)

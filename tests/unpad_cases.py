@@ -78,7 +78,7 @@ def with_head(cls: Any, name: str) -> Any:
     body = build(name)
     torch.manual_seed(3)
     model = cls(copy.deepcopy(body.config)).eval()
-    getattr(model, model.base_model_prefix).load_state_dict(body.state_dict(), strict=False)
+    getattr(model, model.base_model_prefix, model).load_state_dict(body.state_dict(), strict=False)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
