@@ -90,12 +90,10 @@ bool few_queries(const AttentionParams& p) {
   return p.dropout_p == 0 && (p.queries * (p.heads_q / p.heads_k) <= 16 || p.queries <= 4);
 }
 
-// tiled: on the tiled kernel in any case. A backward needs the scores that its lse came from, bit
-// by bit, and computes them as that kernel does.
-void attention(const py::tuple& call, bool tiled) {
+void attention(const py::tuple& call) {
   const AttentionParams p = read_call(call);
   const py::gil_scoped_release release;
-  if (!tiled && few_queries(p)) {
+  if (few_queries(p)) {
     cpu::kernels().attention_decode(DecodeParams{p});
   } else {
     cpu::kernels().attention(p);

@@ -163,7 +163,7 @@ class Forward {
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       top[r] = load(t.scores + r * BN);
       for (int64_t j = 0; j < width; j += half) {
-        PYFUSE_UNROLL for (int v = 0; v < NV / 2; ++v) top[r] =
+        PYFUSE_UNROLL for (int v = 0; v < half / W; ++v) top[r] =
             PYFUSE_ISA::max(top[r], load(t.scores + r * BN + j + v * W));
       }
     }
@@ -187,7 +187,7 @@ class Forward {
                     static_cast<uint32_t>(first + r), n, width, t.row);
       V parts[2] = {};
       for (int64_t j = 0; j < width; j += half) {
-        PYFUSE_UNROLL for (int v = 0; v < NV / 2; ++v) {
+        PYFUSE_UNROLL for (int v = 0; v < half / W; ++v) {
           const V e = exp2_bounded(load(s + j + v * W) * c + shift);
           parts[v % 2] += e;
           Path::put_p(t.probability + r * BN, j + v * W,

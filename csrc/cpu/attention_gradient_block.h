@@ -324,7 +324,7 @@ class GradientBlock {
                        int64_t n, int64_t width, int64_t block_rows, bool whole) const {
     const bool capped = p.softcap > 0, dropping = p.dropout_p > 0;
     for (int64_t i = 0; i < block_rows; i += 2) {
-      V scale[2], delta[2], upstream[2];
+      V delta[2], upstream[2];
       PYFUSE_UNROLL for (int r = 0; r < 2; ++r) {
         int64_t m = block * BM + i + r;
         m = m < p.queries ? m : p.queries - 1;
@@ -333,17 +333,16 @@ class GradientBlock {
         if (dropping)
           dropout_row(dropout, static_cast<uint32_t>(p.sequence), static_cast<uint32_t>(h),
                       static_cast<uint32_t>(m), n, width, t.factor + r * BN);
-        const RowSums sums = row_probabilities(t, x, i + r, row, width, t.factor + r * BN);
-        const C total = whole ? sums.p + sink_probability(h, m) : C(1);
-        scale[r] = splat(total > C(0) ? C(1) / total : C(1));
-        delta[r] = splat(whole ? sums.p_dp * scale[r][0] : x.delta[row + i + r]);
+        const C sum = row_probabilities(t, x, i + r, row, width, t.factor + r * BN);
+        delta[r] = splat(whole ? normalise(t, i + r, width, sum + sink_probability(h, m))
+                               : x.delta[row + i + r]);
         upstream[r] = splat(whole ? dlse_of(h, m) : C(0));
       }
       for (int64_t j = 0; j < width; j += W) {
         V weight[2], ds[2];
         PYFUSE_UNROLL for (int r = 0; r < 2; ++r) {
           const int64_t at = (i + r) * BN + j;
-          const V e = load(t.scores + at) * scale[r];
+          const V e = load(t.scores + at);
           // Selected: a hidden key has no part in a row whose delta is NaN.
           ds[r] = e == V{} ? V{} : e * ((load(t.dp + at) - delta[r]) + upstream[r]);
           if (Keep) store(t.scores + at, e), store(t.dp + at, ds[r]);
@@ -358,17 +357,14 @@ class GradientBlock {
     }
   }
 
-  struct RowSums {
-    C p, p_dp;
-  };
   // scores -> p and dp -> dp · keep / (1 - p_dropout) in place, both 0 where a key is hidden (dO·V
-  // of a hidden key may be NaN).
-  RowSums row_probabilities(const Tile& t, const Queries& x, int64_t i, int64_t row, int64_t width,
-                            const C* factor) const {
+  // of a hidden key may be NaN). Returns the sum of p.
+  C row_probabilities(const Tile& t, const Queries& x, int64_t i, int64_t row, int64_t width,
+                      const C* factor) const {
     const V shift = splat(x.shift[row + i]), rest = splat(x.factor[row + i]);
     const V hidden = splat(-static_cast<C>(INFINITY));
     C *const scores = t.scores + i * BN, *const dp = t.dp + i * BN;
-    V p_sum{}, p_dp_sum{};
+    V sum{};
     for (int64_t j = 0; j < width; j += W) {
       const V s = load(scores + j);
       V e = exp2_bounded(exponent(s, shift)) * rest, gradient = load(dp + j);
@@ -376,10 +372,24 @@ class GradientBlock {
       e = s == hidden ? V{} : e;
       gradient = s == hidden ? V{} : gradient;
       store(scores + j, e), store(dp + j, gradient);
-      p_sum += e;
-      p_dp_sum += e * gradient;
+      sum += e;
     }
-    return {reduce_add(p_sum), reduce_add(p_dp_sum)};
+    return reduce_add(sum);
+  }
+
+  // p /= total in place; returns rowsum(p · dp).
+  C normalise(const Tile& t, int64_t i, int64_t width, C total) const {
+    C *const scores = t.scores + i * BN, *const dp = t.dp + i * BN;
+    if (!(total > C(0))) total = 1;  // no key is seen
+    const C inverse = C(1) / total;
+    const bool few = width <= half;  // divided: p of a key that is seen alone is exactly 1
+    V sum{};
+    for (int64_t j = 0; j < width; j += W) {
+      const V e = few ? load(scores + j) / total : load(scores + j) * inverse;
+      store(scores + j, e);
+      sum += e * load(dp + j);
+    }
+    return reduce_add(sum);
   }
 
   C sink_probability(int64_t h, int64_t m) const {

@@ -209,10 +209,10 @@ struct Dot {
 };
 #endif
 
-// What is skipped at the edge of the visible keys: half a panel, the least that keeps the
-// multipliers busy.
+// What is skipped at the edge of the visible keys: half a panel, the least that keeps the multipliers
+// busy, but whole groups of four, as dropout counts.
 template <class Path>
-constexpr int64_t half_panel = Path::NR / 2;
+constexpr int64_t half_panel = Path::NR >= 8 ? Path::NR / 2 : Path::NR;
 
 // s[6][width] = rows of Q times keys [from, from + width) of a tile, packed in panels; both are
 // multiples of half a panel.
@@ -228,7 +228,7 @@ inline void multiply_keys(const typename Path::Packed* q, int64_t q_stride,
       j += NR;
     } else {
       panel += j % NR / Path::W * Path::panel_vector;
-      Path::template multiply_k<NV / 2>(q, q_stride, panel, d, s + j - from);
+      Path::template multiply_k<half / Path::W>(q, q_stride, panel, d, s + j - from);
       j += half;
     }
   }

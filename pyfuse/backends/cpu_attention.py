@@ -45,16 +45,12 @@ def attention_into(
     k: Tensor,
     v: Tensor,
     options: dict[str, Any],
-    tiled: bool = False,
 ) -> Tensor:
-    """o; writes lse [B, Hq, M], float32 or float64, where one is given.
-
-    tiled: on the kernel whose scores the backward computes again bit by bit, however few the queries.
-    """
+    """o; writes lse [B, Hq, M], float32 or float64, where one is given."""
     o = empty_like_q(q, v.shape[3])
     if o.numel() > 0:
         arguments, _alive = call_arguments(q, k, v, o, lse, padded_sizes(q, k, v), **options)
-        module().attention(arguments, tiled)
+        module().attention(arguments)
     return o
 
 

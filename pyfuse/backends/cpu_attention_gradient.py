@@ -24,7 +24,7 @@ def why_not(needs: frozenset[str], *_tensors: Tensor, **_: Any) -> str | None:
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Result, Saved]:
     """The result, and what the backward needs beside the arguments: o, and lse in float64."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float64)
-    o = forward.attention_into(lse, q, k, v, options, tiled=True)
+    o = forward.attention_into(lse, q, k, v, options)
     return _result(o, lse, q, options), (o, lse)
 
 
