@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyfuse import autograd, dispatch
 from pyfuse.backends import eager
@@ -56,7 +57,8 @@ _library = torch.library.Library("pyfuse", "DEF")
 
 def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], named: str | None) -> Any:
     """Put the call into the graph: as an operator, or the formula where only that will do."""
-    if formula_reason() is not None or named == "eager":
+    given = (*tensors, *options.values())
+    if formula_reason() is not None or named == "eager" or any(map(_wraps, given)):
         return eager.OPS[op].fn(*tensors, **options)
     if op == "embed":
         kind = options["position_weight"]
@@ -72,6 +74,11 @@ def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], named: str |
     if in_place:
         return tensors[0].copy_(results[0])
     return results[0] if len(results) == 1 or not with_lse else tuple(results)
+
+
+def _wraps(x: Any) -> bool:
+    """Whether x is a DTensor or another wrapper of tensors, which knows torch's own operators only."""
+    return isinstance(x, Tensor) and is_traceable_wrapper_subclass(x)
 
 
 def _parsed(
