@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from operator import getitem
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transform_cases import CASES, FEW, Case, by_formula, gradients, leaves, loss_of, total
@@ -206,6 +210,17 @@ def test_exports(case: Case) -> None:
         close(program.module()(*point[:-1]), expected)
 
 
+def test_an_exported_program_loads_elsewhere(tmp_path: Path) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return pyfuse.rms_norm(x)
+
+    torch.export.save(torch.export.export(Module(), (torch.ones(2, 4),)), tmp_path / "norm.pt2")
+    code = "import sys, torch, pyfuse; print(torch.export.load(sys.argv[1]).module()(torch.ones(2, 4)).sum().item())"
+    run = [sys.executable, "-c", code, str(tmp_path / "norm.pt2")]
+    assert float(subprocess.run(run, capture_output=True, text=True).stdout) == pytest.approx(8.0)
+
+
 @every_case
 def test_fake_tensors(case: Case) -> None:
     """Shapes and dtypes are those of the real call, forward and backward."""
@@ -235,6 +250,17 @@ def test_make_fx(case: Case, mode: str, one_seed: None) -> None:
     names = names_in(graph)
     assert f"pyfuse.{case.op}" in names and f"pyfuse.{case.op}_backward" in names
     close(graph(*point), step(*point))
+
+
+def test_wrappers_of_tensors_take_the_formula() -> None:
+    """DTensor, TwoTensor, ...: they know torch's own operators only."""
+    x, weight = torch.randn(2, 8), torch.randn(8)
+    for wanted in (False, True):
+        both = TwoTensor(x, 2 * x).requires_grad_(wanted)
+        y = pyfuse.rms_norm(both, TwoTensor(weight, weight))
+        assert isinstance(y, TwoTensor) and y.requires_grad == wanted
+        torch.testing.assert_close(y.a, pyfuse.rms_norm(x, weight))
+        torch.testing.assert_close(y.b, pyfuse.rms_norm(2 * x, weight))
 
 
 class Seen(TorchDispatchMode):

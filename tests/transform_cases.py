@@ -123,7 +123,7 @@ def rope(layout: str) -> Callable[[int], Arguments]:
 def embed(**options: Any) -> Callable[[int], Arguments]:
     def make(n: int) -> Arguments:
         ids = torch.randint(7, (2, n))
-        return {"token_ids": ids, "weight": normal(7, 6), "scale": 2.0} | options
+        return {"token_ids": ids, "weight": normal(13, 6), "scale": 2.0} | options
 
     return make
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pyfuse import autograd, dispatch
 from pyfuse.backends import eager
@@ -75,8 +76,12 @@ def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], named: str |
 
 
 def _only_as_formula(op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """What no operator here can say: it would write to an argument (a cache)."""
-    return op == "decode_attention" and tensors[3] is not None
+    """What no operator here can say: writing to an argument (a cache), or a DTensor or another wrapper of
+    tensors, which knows torch's own operators only."""
+    if op == "decode_attention" and tensors[3] is not None:
+        return True
+    given = (*tensors, *options.values())
+    return any(isinstance(x, Tensor) and is_traceable_wrapper_subclass(x) for x in given)
 
 
 def _parsed(
