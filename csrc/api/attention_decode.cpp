@@ -71,10 +71,12 @@ void read_call(const py::tuple& call, DecodeCall& to) {
   p.v = from.address(), from.integers(p.v_stride);
   p.o = from.address("o"), from.integers(p.o_stride);
   p.lse = from.address();
+  p.lse_stride[0] = p.heads_q * p.queries, p.lse_stride[1] = p.queries;
+  p.lse_dtype = p.dtype == DType::f64 ? DType::f64 : DType::f32;
   p.scale = from.real(), p.softcap = from.real();
   p.window_left = from.integer(), p.window_right = from.integer();
-  p.sinks = static_cast<const float*>(from.address());
-  p.alibi_slopes = static_cast<const float*>(from.address());
+  p.sinks = static_cast<const double*>(from.address());
+  p.alibi_slopes = static_cast<const double*>(from.address());
   p.threads = at_least_one(static_cast<int>(from.integer()));
   to.lengths = read_lengths(from, p.batch);
   p.seqlens_k = to.lengths.data(), p.align_to_seqlens = true;

@@ -34,6 +34,24 @@ inline void pack_panel(E* panel, int64_t count, int64_t length, const LoadRow& l
 template <class C>
 using vec_of = typename Vec<C>::type;
 
+template <int R, int nv, class V, class C>
+PYFUSE_INLINE void load_scaled(V (&acc)[R][nv], const C* from, int64_t stride, const C* alpha) {
+  constexpr int W = Vec<C>::width;
+  PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
+    PYFUSE_UNROLL for (int v = 0; v < nv; ++v) {
+      const V x = load(from + r * stride + v * W);
+      acc[r][v] = alpha == nullptr ? x : x * alpha[r];
+    }
+  }
+}
+template <int R, int nv, class V, class C>
+PYFUSE_INLINE void store_tile(const V (&acc)[R][nv], C* to, int64_t stride) {
+  PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
+    PYFUSE_UNROLL for (int v = 0; v < nv; ++v)
+        store(to + r * stride + v * Vec<C>::width, acc[r][v]);
+  }
+}
+
 template <class C>
 struct Wide {
   typedef C Compute;
@@ -46,6 +64,7 @@ struct Wide {
 
   static int64_t packed_length(int64_t d) { return d; }  // elements of Packed per key
   static constexpr int value_vector = W;  // elements of Packed to the next vector of columns of V
+  static constexpr int depth = 1;         // summed elements that one step takes
 
   template <class T>
   static void pack_k(Packed* panel, const T* k, int64_t stride, int64_t count, int64_t d) {
@@ -79,31 +98,30 @@ struct Wide {
     if (j < d) store(packed + j, load(q + j, d - j), d - j);
   }
 
-  static void multiply_k(const Packed* q, const Packed* panel, int64_t d, C* s) {
-    multiply_panel(q, d, panel, NR, d, s, BN);
+  // s[6][NR] = rows of Q (or dO) times one panel of K (or V); s has rows of BN.
+  static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d, C* s) {
+    multiply_panel(q, q_stride, panel, NR, d, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, V x) { store(p + j, x); }
 
-  template <int nv>
-  static void multiply_v(const Packed* p, const Packed* values, int64_t padded, int64_t count,
-                         const C* alpha, C* o) {
-    V acc[MR][nv];
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
-          load(o + r * padded + v * W) * alpha[r];
-    }
+  // out[r] = out[r]·alpha[r] + Σ_n weights(r, n)·values[n], for R rows and nv vectors of columns;
+  // weights(r, n) lies at r·row_stride + n·step_stride. alpha null: 1.
+  template <int R, int nv>
+  static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
+                         const Packed* values, int64_t padded, int64_t count, const C* alpha,
+                         C* out) {
+    V acc[R][nv];
+    load_scaled(acc, out, padded, alpha);
     for (int64_t n = 0; n < count; ++n) {
       V x[nv];
       PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load(values + n * padded + v * W);
-      PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-        const V weight = splat(p[r * BN + n]);
+      PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
+        const V weight = splat(weights[r * row_stride + n * step_stride]);
         PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] += weight * x[v];
       }
     }
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) store(o + r * padded + v * W, acc[r][v]);
-    }
+    store_tile(acc, out, padded);
   }
 
   static C value(const Packed* values, int64_t padded, int64_t n, int64_t j) {
@@ -123,6 +141,7 @@ struct Dot {
 
   static int64_t packed_length(int64_t d) { return (d + 1) / 2 * 2; }
   static constexpr int value_vector = 2 * W;  // two keys lie side by side
+  static constexpr int depth = 2;             // a pair
 
   static vuint read_pairs(const bf16* p, int64_t n) {
     return (vuint)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
@@ -160,32 +179,30 @@ struct Dot {
     if (d % 2 != 0) packed[d] = bf16{0};
   }
 
-  static void multiply_k(const Packed* q, const Packed* panel, int64_t d, float* s) {
-    multiply_pairs(q, packed_length(d), panel, NR, (d + 1) / 2, s, BN);
+  static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d,
+                         float* s) {
+    multiply_pairs(q, q_stride, panel, NR, (d + 1) / 2, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, vfloat x) { store(p + j, x); }
 
-  template <int nv>
-  static void multiply_v(const Packed* p, const Packed* values, int64_t padded, int64_t count,
-                         const float* alpha, float* o) {
-    __m512 acc[MR][nv];
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
-          (__m512)(load(o + r * padded + v * W) * alpha[r]);
-    }
-    for (int64_t n = 0; n < count; n += 2) {
+  // As in Wide; the pair n/2 of row r lies at r·row_stride + n/2·step_stride.
+  template <int R, int nv>
+  static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
+                         const Packed* values, int64_t padded, int64_t count, const float* alpha,
+                         float* out) {
+    vfloat acc[R][nv];
+    load_scaled(acc, out, padded, alpha);
+    for (int64_t n = 0; n < count; n += 2, weights += step_stride) {
       __m512bh x[nv];
       PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load_pairs(values + n * padded + 2 * v * W);
-      PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-        const __m512bh weight = broadcast_pair(p + r * BN + n);
+      PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
+        const __m512bh weight = broadcast_pair(weights + r * row_stride);
         PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
-            _mm512_dpbf16_ps(acc[r][v], weight, x[v]);
+            (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], weight, x[v]);
       }
     }
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) store(o + r * padded + v * W, (vfloat)acc[r][v]);
-    }
+    store_tile(acc, out, padded);
   }
 
   static float value(const Packed* values, int64_t padded, int64_t n, int64_t j) {
@@ -194,5 +211,37 @@ struct Dot {
   static float probability(const Packed* p, int64_t n) { return to_compute(p[n]); }
 };
 #endif
+
+// Path::accumulate for R rows and all columns (`padded` of them), NV vectors at a time.
+template <class Path, int R>
+inline void accumulate_columns(const typename Path::Packed* weights, int64_t row_stride,
+                               int64_t step_stride, const typename Path::Packed* values,
+                               int64_t padded, int64_t count, const typename Path::Compute* alpha,
+                               typename Path::Compute* out) {
+  constexpr int W = Path::W;
+  for (int64_t column = 0; column < padded / W; column += NV) {
+    const int64_t left = padded / W - column;
+    const typename Path::Packed* x = values + column * Path::value_vector;
+    typename Path::Compute* to = out + column * W;
+    switch (left < NV ? left : NV) {
+      case 1:
+        Path::template accumulate<R, 1>(weights, row_stride, step_stride, x, padded, count, alpha,
+                                        to);
+        break;
+      case 2:
+        Path::template accumulate<R, 2>(weights, row_stride, step_stride, x, padded, count, alpha,
+                                        to);
+        break;
+      case 3:
+        Path::template accumulate < R,
+            NV<3 ? 1 : 3>(weights, row_stride, step_stride, x, padded, count, alpha, to);
+        break;
+      default:
+        Path::template accumulate<R, NV>(weights, row_stride, step_stride, x, padded, count, alpha,
+                                         to);
+        break;
+    }
+  }
+}
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA
