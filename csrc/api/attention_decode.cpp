@@ -12,6 +12,8 @@ namespace {
 
 constexpr int64_t SERIAL_BYTES = 64 * 1024;  // to copy; below it waking a thread costs more
 
+constexpr int64_t MOST_QUERIES = 16;  // of what counts as decoding
+
 // Rows to write into a cache: [B, Hk, M, row] at the last M keys of every sequence.
 struct NewRows {
   const char* from;  // null: none
@@ -159,7 +161,10 @@ void attention_decode(const py::tuple& arguments) {
   check_lengths(call);
   if (call.params.block_table != nullptr) check_pages(call.params);
   if (call.k.from != nullptr) append(call);
-  cpu::kernels().attention_decode(call.params);
+  // The tiled kernel knows no pages; the other one takes many queries in passes.
+  const DecodeParams& p = call.params;
+  p.block_table == nullptr&& p.queries > MOST_QUERIES ? cpu::kernels().attention(p)
+                                                      : cpu::kernels().attention_decode(p);
 }
 
 }  // namespace

@@ -30,9 +30,7 @@ def why_not_varlen_attention(
     return why_not_attention(q, k, v)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """See pyfuse.attention."""
     lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q)) if options["return_lse"] else None
     o = attention_into(lse, q, k, v, options)

@@ -52,7 +52,9 @@ def decode_attention(
     if k_new is not None and v_new is not None:
         new = (1, k_new.data_ptr(), k_new.stride(), v_new.data_ptr(), v_new.stride())
     o = cpu_attention.empty_like_q(q, dv)
-    lse = q.new_empty((batch, heads, rows), dtype=cpu_attention.lse_dtype(q)) if return_lse else None
+    lse = (
+        q.new_empty((batch, heads, rows), dtype=cpu_attention.lse_dtype(q)) if return_lse else None
+    )
     sinks = cpu_attention.few(sinks, torch.float64)
     alibi_slopes = cpu_attention.few(alibi_slopes, torch.float64)
     left, right = (-1, -1) if window is None else window
@@ -61,9 +63,8 @@ def decode_attention(
             (batch, heads, heads_k, rows, keys, d, dv), DTYPE[q.dtype],
             q.data_ptr(), q.stride(), k_cache.data_ptr(), k_cache.stride(),
             v_cache.data_ptr(), v_cache.stride(), o.data_ptr(), o.stride(),
-            0 if lse is None else lse.data_ptr(), scale, softcap or 0.0, left, 0 if causal else right,
-            0 if sinks is None else sinks.data_ptr(),
-            0 if alibi_slopes is None else alibi_slopes.data_ptr(), torch.get_num_threads(),
+            cpu_attention.address(lse), scale, softcap or 0.0, left, 0 if causal else right,
+            cpu_attention.address(sinks), cpu_attention.address(alibi_slopes), torch.get_num_threads(),
             seqlens_k.data_ptr(), seqlens_k.dtype == torch.int64, seqlens_k.stride(0), *table, *new,
         ))  # fmt: skip
         if k_new is not None:

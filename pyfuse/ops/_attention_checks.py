@@ -10,6 +10,7 @@ from torch import Tensor
 Window = int | tuple[int | None, int | None] | None
 
 _LENGTHS = (torch.int32, torch.int64)
+_is_compiling = torch.compiler.is_compiling
 
 
 def check_heads(dims: dict[str, int], k_name: str = "k") -> None:
@@ -117,15 +118,15 @@ def check_capacity(lengths: Tensor, capacity: int, new: int = 0) -> None:
     Looked at only where that costs no device sync and no graph break.
     """
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or type(lengths) is not Tensor
-        or lengths.device.type != "cpu"
+        or not lengths.is_cpu
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or lengths.numel() == 0
+        or lengths.shape[0] == 0
     ):
         return
-    values = lengths.tolist()
+    values = lengths.tolist()  # two reductions would take longer than a short cache's attention
     high, low = max(values), min(values)
     if high > capacity:
         raise ValueError(

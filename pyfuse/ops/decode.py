@@ -54,15 +54,16 @@ def decode_attention(
     what is appended or than 0 (looked at where the lengths are in the CPU's memory; elsewhere it would be a
     sync); a cache to append to whose elements share memory, as an expanded one's.
     """
-    cache = "B Hk N D" if block_table is None else "pages Hk page_size D"
-    specs = {
-        "q": (q, "B Hq M D"),
-        "k_cache": (k_cache, cache),
-        "v_cache": (v_cache, cache[:-1] + "Dv"),
-    }
+    k_spec, v_spec = "B Hk N D", "B Hk N Dv"
+    if block_table is not None:
+        k_spec, v_spec = "pages Hk page_size D", "pages Hk page_size Dv"
+    specs = {"q": (q, "B Hq M D"), "k_cache": (k_cache, k_spec), "v_cache": (v_cache, v_spec)}
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     appends = k_new is not None or v_new is not None
     if appends:
-        specs |= _new_rows(k_cache, v_cache, k_new, v_new)
+        new = _checked_new(k_cache, v_cache, k_new, v_new)
+        specs |= {"k_new": (new["k_new"], "B Hk M D"), "v_new": (new["v_new"], "B Hk M Dv")}
+        tensors |= new
     dims = bind_dims(**specs)
     if autocast_enabled():
         if appends:  # the caller's own cache is written to: it stays as it is, and the rest follows it
@@ -74,7 +75,6 @@ def decode_attention(
         values = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_new": k_new, "v_new": v_new}
         specs = {name: (values[name], spec) for name, (_, spec) in specs.items()}
     require_floating(q=q)
-    tensors = {name: tensor for name, (tensor, _) in specs.items()}
     same_dtype_device(**tensors)
     unit_last_stride(**tensors)
     check.check_heads(dims, "k_cache")
@@ -99,15 +99,16 @@ def decode_attention(
     return dispatch.run("decode_attention", (q, k_cache, v_cache, k_new, v_new), options, backend)
 
 
-def _new_rows(
+def _checked_new(
     k_cache: Tensor, v_cache: Tensor, k_new: Tensor | None, v_new: Tensor | None
-) -> dict[str, tuple[Tensor, str]]:
-    """What is appended, for bind_dims; ValueError where it cannot be."""
+) -> dict[str, Tensor]:
+    """What is appended, by name; ValueError where it cannot be."""
     if k_new is None or v_new is None:
         missing, given = ("k_new", "v_new") if k_new is None else ("v_new", "k_new")
         raise ValueError(f"{missing}: got None, but {given} is given, needs both or neither")
-    named = {"k_cache": k_cache, "v_cache": v_cache, "k_new": k_new, "v_new": v_new}
-    for name, t in named.items():
+    new = {"k_new": k_new, "v_new": v_new}
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
+    for name, t in (caches | new).items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
         if t.requires_grad and torch.is_grad_enabled():
@@ -115,11 +116,11 @@ def _new_rows(
                 f"{name}: requires grad, but appending to the cache in place is not differentiable "
                 "(detach it, or call this under torch.no_grad())"
             )
-    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        for size, stride in zip(t.shape, t.stride(), strict=True):
-            if stride == 0 and size > 1:
-                raise ValueError(
-                    f"{name}: strides {t.stride()} share memory between elements, needs a cache of "
-                    f"its own to append to (call {name}.contiguous())"
-                )
-    return {"k_new": (k_new, "B Hk M D"), "v_new": (v_new, "B Hk M Dv")}
+    for name, t in caches.items():
+        strides = t.stride()
+        if 0 in strides and any(s == 0 and n > 1 for s, n in zip(strides, t.shape, strict=True)):
+            raise ValueError(
+                f"{name}: strides {strides} share memory between elements, needs a cache of its own "
+                f"to append to (call {name}.contiguous())"
+            )
+    return new
