@@ -6,8 +6,9 @@ backend, tile size and thread count finds the same number for the same element.
 
 How pyfuse uses it (what a kernel has to reproduce):
 - key = (seed mod 2^32, offset mod 2^32), from the int64 tensor dropout_seed = (seed, offset);
-- counter = (b, h, m, n), the element's index in [B, H, M, N];
-- the element is kept iff (first output word >> 8) >= ceil(p · 2^24), a comparison of integers.
+- counter = (b, h, m, n >> 2), where (b, h, m, n) is the element's index in [B, H, M, N], and of the
+  four output words the element takes number n & 3: one call serves four neighbours in n;
+- the element is kept iff (its word >> 8) >= ceil(p · 2^24), a comparison of integers.
 """
 
 from __future__ import annotations
@@ -50,20 +51,34 @@ def philox4x32(counter: Words4, key: tuple[Tensor, Tensor]) -> Words4:
     return c0, c1, c2, c3
 
 
-def keep_mask(seed: Tensor, counter: Words4, p: float) -> Tensor:
-    """True where dropout with probability p keeps the element of that counter.
-
-    seed: int64 [2], (seed, offset); counter: four broadcastable int64 tensors on one device.
-    """
-    key = seed.to(counter[0].device) & _WORD
-    word = philox4x32(counter, (key[0], key[1]))[0]
+def _kept(word: Tensor, p: float) -> Tensor:
     return (word >> (32 - _UNIFORM_BITS)) >= math.ceil(p * (1 << _UNIFORM_BITS))
+
+
+def _words(seed: Tensor, counter: Words4) -> Words4:
+    key = seed.to(counter[0].device) & _WORD
+    return philox4x32(counter, (key[0], key[1]))
+
+
+def keep_mask(seed: Tensor, index: Words4, p: float) -> Tensor:
+    """True where dropout with probability p keeps the element of that index (b, h, m, n).
+
+    seed: int64 [2], (seed, offset); index: four broadcastable int64 tensors on one device, in any
+    order. Where n counts up from 0, :func:`dropout_mask` gives the same for a quarter of the work.
+    """
+    b, h, m, n = index
+    w0, w1, w2, w3 = _words(seed, (b, h, m, n >> 2))
+    low, high = (n & 1) == 0, (n & 2) == 0
+    return _kept(torch.where(high, torch.where(low, w0, w1), torch.where(low, w2, w3)), p)
 
 
 def dropout_mask(
     seed: Tensor, shape: Sequence[int], p: float, device: torch.device | str | None = None
 ) -> Tensor:
     """:func:`keep_mask` over a whole [B, H, M, N] grid, counted from 0 in each dimension."""
-    b, h, m, n = (torch.arange(size, device=device) for size in shape)
-    counter = (b[:, None, None, None], h[:, None, None], m[:, None], n)
-    return keep_mask(seed, counter, p)
+    batch, heads, rows, columns = shape
+    sizes = (batch, heads, rows, (columns + 3) // 4)
+    b, h, m, group = (torch.arange(size, device=device) for size in sizes)
+    words = _words(seed, (b[:, None, None, None], h[:, None, None], m[:, None], group))
+    kept = torch.stack([_kept(word, p) for word in words], -1)  # [B, H, M, N/4, 4]
+    return kept.flatten(-2)[..., :columns]

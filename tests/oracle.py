@@ -15,15 +15,24 @@ from torch import Tensor
 Band = tuple[int | None, int | None]
 
 
-def philox_word(counter: tuple[int, int, int, int], key: tuple[int, int]) -> int:
-    """First output word of Philox4x32-10, in Python's integers."""
+Counter = tuple[int, int, int, int]
+
+
+def philox(counter: Counter, key: tuple[int, int]) -> Counter:
+    """Philox4x32-10 in Python's integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 % 2**32, (p0 >> 32) ^ c3 ^ k1, p0 % 2**32
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c0
+    return c0, c1, c2, c3
+
+
+def philox_word(index: Counter, key: tuple[int, int]) -> int:
+    """The random word of the element (b, h, m, n): four neighbours in n share a counter."""
+    b, h, m, n = index
+    return philox((b, h, m, n // 4), key)[n % 4]
 
 
 def sees(i: int, j: int, m: int, n: int, *, causal: bool, band: Band, length: int | None) -> bool:

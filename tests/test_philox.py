@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import oracle
 import pytest
 import torch
@@ -33,17 +35,42 @@ def test_known_answers(counter: str, key: str, expected: str) -> None:
     assert [int(word) for word in result] == words(expected)
     c = words(counter)
     k = words(key)
-    assert oracle.philox_word((c[0], c[1], c[2], c[3]), (k[0], k[1])) == words(expected)[0]
+    assert oracle.philox((c[0], c[1], c[2], c[3]), (k[0], k[1])) == tuple(words(expected))
 
 
 def test_mask_counts_the_elements() -> None:
     seed, p = torch.tensor([2**40 + 5, 9]), 0.3
     mask = dropout_mask(seed, (2, 3, 4, 5), p)
-    for index in ((0, 0, 0, 0), (1, 2, 3, 4), (1, 0, 2, 3)):
+    for index in product(range(2), range(3), range(4), range(5)):
         kept = (oracle.philox_word(index, (5, 9)) >> 8) / 2**24 >= p
         assert bool(mask[index]) == kept
     larger = dropout_mask(seed, (3, 4, 6, 9), p)
     assert torch.equal(larger[:2, :3, :4, :5], mask)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 63, 65])
+def test_mask_of_gathered_elements(size: int) -> None:
+    """Elements in any order, as the packed sequences of varlen_attention count them."""
+    seed, p = torch.tensor([11, 2**33 + 1]), 0.4
+    mask = dropout_mask(seed, (2, 3, 4, size), p)
+    b, h, m, n = (torch.randint(0, max(high, 1), (50 * min(size, 1),)) for high in mask.shape)
+    assert torch.equal(keep_mask(seed, (b, h, m, n), p), mask[b, h, m, n])
+    columns = torch.arange(size).flip(0)
+    zero = torch.zeros(1, dtype=torch.int64)
+    rows = torch.arange(4)[:, None]
+    assert torch.equal(keep_mask(seed, (zero, zero, rows, columns), p), mask[0, 0].flip(-1))
+
+
+def test_mask_compiles_and_maps() -> None:
+    seed = torch.tensor([3, 4])
+
+    def call(seed: torch.Tensor) -> torch.Tensor:
+        return dropout_mask(seed, (1, 2, 3, 7), 0.5)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(seed), call(seed))
+    seeds = torch.stack((seed, seed + 1))
+    assert torch.equal(torch.vmap(call)(seeds), torch.stack([call(one) for one in seeds]))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9])
@@ -64,7 +91,7 @@ def test_threshold_is_exact() -> None:
     uniform = word.double() / 2**24
     some = uniform[100].item()
     for p in (some, some + 2**-30, some - 2**-30):
-        mask = keep_mask(torch.zeros(2, dtype=torch.int64), (zero, zero, zero, index), p)
+        mask = keep_mask(torch.zeros(2, dtype=torch.int64), (zero, zero, zero, 4 * index), p)
         assert torch.equal(mask, uniform >= p)
 
 

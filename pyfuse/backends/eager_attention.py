@@ -95,8 +95,8 @@ def varlen_attention(
     dropout = None
     if dropout_p > 0.0:
         head = torch.arange(q.shape[1], device=q.device)[:, None, None]
-        counter = (sequence.clamp(min=0), head, q_rows.place[:, None], k_rows.place)
-        dropout = Dropout(keep_mask(_required(dropout_seed), counter, dropout_p), dropout_p)
+        index = (sequence.clamp(min=0), head, q_rows.place[:, None], k_rows.place)
+        dropout = Dropout(keep_mask(_required(dropout_seed), index, dropout_p), dropout_p)
     result = _attend(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
         visible=masks.all_of(conditions),

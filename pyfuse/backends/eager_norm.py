@@ -17,7 +17,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Zero each element of x [..., D] with probability p, scale the rest by 1/(1-p).
 
-    Element (row, column) of the [rows, D] view of x takes the random number of counter
+    Element (row, column) of the [rows, D] view of x takes the random word of element
     (0, 0, row, column), so that the mask does not depend on x's leading shape or its strides.
     """
     if p == 0.0:
