@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pyfuse.backends import cpu_attention, cpu_norm, cpu_rope
 from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
-from pyfuse.dispatch import Impl
+from pyfuse.dispatch import Gradient, Impl
 
 __all__ = ["OPS", "available_isas", "isa", "select_isa", "why_unavailable"]
 
@@ -15,5 +15,9 @@ OPS: dict[str, Impl] = {
     ),
     "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
     "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),
-    "rope": Impl(cpu_rope.rope, cpu_rope.why_not_rope),
+    "rope": Impl(
+        cpu_rope.rope,
+        cpu_rope.why_not_rope,
+        Gradient(cpu_rope.forward, cpu_rope.backward, cpu_rope.why_not_backward),
+    ),
 }

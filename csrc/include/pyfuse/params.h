@@ -70,6 +70,7 @@ struct RopeParams {
   int64_t table_rows;
   DType dtype, table_dtype;
   bool interleaved;
+  bool inverse;  // by the negative angles: what the gradient of x needs
   int threads;
 };
 
