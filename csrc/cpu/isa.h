@@ -14,11 +14,14 @@ constexpr int packed_linear_panel = 64;  // outputs of a panel of a packed weigh
 struct Kernels {
   void (*attention)(const AttentionParams&);
   void (*attention_decode)(const AttentionParams&);
+  void (*embed)(const EmbedParams&);
+  void (*embed_backward)(const EmbedBackwardParams&);
   void (*linear)(const LinearParams* layers, int count);  // of one dtype, side by side
   void (*linear_packed)(const LinearParams&);             // w as pack_linear left it
   void (*pack_linear)(const LinearParams&);               // from w [N, K] to y [N/64][K][64]
   void (*norm)(const NormParams&);
   void (*rope)(const RopeParams&);
+  void (*row_sums)(const RowSumsParams&);
 };
 
 const Kernels& kernels();                   // of the chosen instruction set

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cpu_attention, cpu_norm, cpu_rope
+from pyfuse.backends import cpu_attention, cpu_embed, cpu_norm, cpu_rope
 from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
 from pyfuse.dispatch import Gradient, Impl
 
@@ -12,6 +12,11 @@ OPS: dict[str, Impl] = {
     "attention": Impl(cpu_attention.attention, cpu_attention.why_not_attention),
     "decode_attention": Impl(
         cpu_attention.decode_attention, cpu_attention.why_not_decode_attention
+    ),
+    "embed": Impl(
+        cpu_embed.embed,
+        cpu_embed.why_not_embed,
+        Gradient(cpu_embed.forward, cpu_embed.backward, cpu_embed.why_not_backward),
     ),
     "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
     "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),

@@ -19,6 +19,9 @@ SCHEMAS: dict[str, str] = {
     "attention": "Tensor q, Tensor k, Tensor v, *, Tensor? mask, bool causal, SymInt[]? window, float? softcap, "
     "Tensor? sinks, Tensor? alibi_slopes, Tensor? seqlens_k, float dropout_p, Tensor? dropout_seed, "
     "float? scale, bool return_lse, str? backend",
+    "embed": "Tensor token_ids, Tensor weight, *, Tensor? position_weight, bool sinusoidal, Tensor? positions, "
+    "Tensor? segment_ids, Tensor? segment_weight, float scale, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+    "float dropout_p, Tensor? dropout_seed, bool sparse, str? backend",
     "layer_norm": "Tensor x, Tensor? weight, Tensor? bias, *, float eps, Tensor? residual, bool prenorm, "
     "float dropout_p, Tensor? dropout_seed, str? backend",
     "rms_norm": "Tensor x, Tensor? weight, *, float eps, Tensor? residual, bool prenorm, float dropout_p, "
@@ -63,12 +66,17 @@ def _fake_norm(
     return [y, torch.empty_like(z_like)] if prenorm else [y]
 
 
+def _fake_embed(token_ids: torch.Tensor, weight: torch.Tensor, **_: Any) -> list[torch.Tensor]:
+    return [weight.new_empty((*token_ids.shape, weight.shape[1]))]
+
+
 def _fake_rope(x: torch.Tensor, *_: Any, **__: Any) -> list[torch.Tensor]:
     return [torch.empty_like(x)]
 
 
 _FAKES: dict[str, Callable[..., list[torch.Tensor]]] = {
     "attention": _fake_attention,
+    "embed": _fake_embed,
     "layer_norm": _fake_norm,
     "rms_norm": _fake_norm,
     "rope": _fake_rope,
