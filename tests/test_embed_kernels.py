@@ -1,4 +1,4 @@
-"""The embedding kernels against the eager formula: values, gradients, dropout, bad ids."""
+"""The embedding kernels: values against the eager formula, dropout, bad ids, threads."""
 
 from __future__ import annotations
 
@@ -8,139 +8,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import Target, at_threads
-from numerics import assert_bitwise_equal, check
-from torch import Tensor
+from embed_cases import (
+    CASES,
+    DTYPES,
+    SEED,
+    SIZES,
+    Options,
+    S,
+    V,
+    check_call,
+    check_gradients,
+    implementation,
+    kernel_gradients,
+    options,
+)
+from numerics import assert_bitwise_equal
 
 import pyfuse
-from pyfuse import dispatch
-from pyfuse.backends import cpu_module, eager_position
+from pyfuse.backends import cpu_module
 from pyfuse.philox import dropout_mask
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-SIZES = [1, 3, 63, 65, 111, 197]
-V, P, S = 50, 40, 3  # rows of the tables
-SEED = torch.tensor([2**35 + 11, 5])
-
-Options = dict[str, Any]
-
-
-def options(d: int, shape: tuple[int, ...], *, dtype: torch.dtype, **chosen: Any) -> Options:
-    """The options of a checked call: position, segment, norm say what takes part."""
-    position, segment = chosen.pop("position", "none"), chosen.pop("segment", False)
-    norm = chosen.pop("norm", "none")
-    given: Options = {"dropout_seed": SEED if "dropout_p" in chosen else None, **chosen}
-    length = shape[-1]
-    if position.startswith("sinusoidal"):
-        given["sinusoidal"] = True
-    elif position != "none":
-        given["position_weight"] = torch.randn(P, d).to(dtype)
-    given["positions"] = {
-        "at": torch.arange(length).flip(0) % P,
-        "each": torch.randint(0, P, shape),
-        "each_int32": torch.randint(0, P, shape, dtype=torch.int32),
-        "sinusoidal_at": torch.arange(length) + 1000,
-        "sinusoidal_far": torch.arange(length) * 10**7 - 5,
-    }.get(position)
-    if segment:
-        given |= {
-            "segment_weight": torch.randn(S, d).to(dtype),
-            "segment_ids": torch.randint(0, S, shape),
-        }
-    if norm != "none":
-        given["norm_weight"] = torch.randn(d).to(torch.float32 if norm == "f32" else dtype)
-    if norm in ("bias", "f32"):
-        given["norm_bias"] = torch.randn(d).to(given["norm_weight"].dtype)
-    return given
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "token": {},
-    "scaled": {"scale": 3.3},
-    "learned": {"position": "learned"},
-    "learned_at": {"position": "at", "segment": True},
-    "each": {"position": "each", "norm": "plain"},
-    "each_int32": {"position": "each_int32", "dropout_p": 0.5},
-    "bert": {"position": "learned", "segment": True, "norm": "bias", "dropout_p": 0.1},
-    "f32_norm": {"position": "learned", "norm": "f32", "eps": 1e-3},
-    "segment": {"segment": True, "norm": "plain", "dropout_p": 0.3, "scale": 0.5},
-    "vaswani": {"position": "sinusoidal", "scale": 8.0, "dropout_p": 0.1},
-    "sinusoidal_at": {"position": "sinusoidal_at", "norm": "bias"},
-    "sinusoidal_far": {"position": "sinusoidal_far", "segment": True},
-    "dropout": {"dropout_p": 0.999999999},
-}
-
-
-def implementation(backend: str) -> dispatch.Impl:
-    impl: dispatch.Impl = dispatch.load(backend).OPS["embed"]
-    return impl
-
-
-def double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def check_call(
-    target: Target, token_ids: Tensor, weight: Tensor, given: Options, name: str
-) -> Tensor:
-    impl = implementation(target.backend)
-    assert impl.why_not(token_ids, weight, **given) is None
-    actual: Tensor = impl.fn(token_ids, weight, **given)
-    eager = eager_position.embed(token_ids, weight, **given)
-    wide = {key: double(x) for key, x in given.items()}
-    exact = eager_position.embed(token_ids, weight.double(), **wide)
-    check(actual, exact, eager, name)
-    return actual
-
-
-def leaves_of(weight: Tensor, given: Options) -> dict[str, Tensor]:
-    tables = {key: x for key, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
-    return {"weight": weight, **tables}
-
-
-def eager_gradients(
-    dy: Tensor, token_ids: Tensor, weight: Tensor, given: Options
-) -> dict[str, Tensor]:
-    leaves = {k: x.detach().requires_grad_() for k, x in leaves_of(weight, given).items()}
-    y = eager_position.embed(token_ids, **{**given, **leaves})
-    return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy), strict=True))
-
-
-def kernel_gradients(
-    target: Target,
-    dy: Tensor,
-    token_ids: Tensor,
-    weight: Tensor,
-    given: Options,
-    needs: frozenset[str] | None = None,
-) -> dict[str, Tensor]:
-    gradient = implementation(target.backend).gradient
-    assert gradient is not None
-    needs = frozenset(leaves_of(weight, given)) if needs is None else needs
-    assert gradient.why_not(needs, token_ids, weight, **given) is None
-    _, saved = gradient.forward(token_ids, weight, **given)
-    found = gradient.backward((dy,), (token_ids, weight), given, saved, needs)
-    assert set(found) == needs
-    return found
-
-
-Call = tuple[Tensor, Tensor, Tensor, Options]  # dy, token_ids, weight, options
-
-
-def check_gradients(target: Target, calls: list[Call], name: str) -> None:
-    """The rule over the gradients of all these calls together: a mean of three numbers is none."""
-    found: dict[str, list[list[Tensor]]] = {}
-    for dy, token_ids, weight, given in calls:
-        actual = kernel_gradients(target, dy, token_ids, weight, given)
-        eager = eager_gradients(dy, token_ids, weight, given)
-        wide = {key: double(x) for key, x in given.items()}
-        exact = eager_gradients(dy.double(), token_ids, weight.double(), wide)
-        for key, dx in actual.items():
-            assert dx.shape == eager[key].shape
-            three = [t.flatten() for t in (dx, exact[key], eager[key])]
-            found.setdefault(key, []).append(three)
-    for key, results in found.items():
-        together = [torch.cat(parts) for parts in zip(*results, strict=True)]
-        check(*together, f"{name}: {key}", "gradient")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,22 +39,6 @@ def test_kernel(case: str, dtype: torch.dtype, target: Target) -> None:
         y = check_call(target, token_ids, weight, given, f"D = {d}")
         y_too, _ = implementation(target.backend).gradient.forward(token_ids, weight, **given)
         assert_bitwise_equal(y_too, y, "forward that saves")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
-def test_gradient(case: str, dtype: torch.dtype, target: Target) -> None:
-    shape = (3, 7)
-    # Where three columns happen to be nearly equal, a norm blows every rounding error up, the truth's
-    # too: float64 has no wider one.
-    smallest = (63 if dtype == torch.float64 else 3) if "norm" in CASES[case] else 1
-    for d in SIZES[SIZES.index(smallest) :]:
-        calls = []
-        for _ in range(12 if d < 10 else 1):
-            weight, token_ids = torch.randn(V, d).to(dtype), torch.randint(0, V, shape)
-            given = options(d, shape, dtype=dtype, **CASES[case])
-            calls.append((torch.randn(*shape, d).to(dtype), token_ids, weight, given))
-        check_gradients(target, calls, f"D = {d}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -227,17 +97,6 @@ def test_strides(target: Target) -> None:
             check_gradients(target, [(dy, token_ids, wide[:, 4:25], call)], f"{dy.stride()}")
 
 
-def test_rows_that_occur_often(target: Target) -> None:
-    """Padding takes most of a batch, and segments are two: such rows are shared out by columns."""
-    for d in (5, 197, 300):
-        shape = (40, 65)
-        token_ids = torch.where(torch.rand(shape) < 0.6, 7, torch.randint(0, V, shape))
-        weight, dy = torch.randn(V, d), torch.randn(*shape, d)
-        for chosen in ({}, {**CASES["bert"], "position": "each"}):
-            given = options(d, shape, dtype=torch.float32, **chosen)
-            check_gradients(target, [(dy, token_ids, weight, given)], f"D = {d}")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["token", "bert", "vaswani"])
 def test_threads_change_no_bit(case: str, dtype: torch.dtype, target: Target) -> None:
@@ -256,16 +115,6 @@ def test_threads_change_no_bit(case: str, dtype: torch.dtype, target: Target) ->
             assert_bitwise_equal(t, results[0][name], name)
 
 
-@pytest.mark.parametrize("needs", [{"weight"}, {"norm_bias"}, {"norm_weight", "segment_weight"}])
-def test_gradients_of_what_is_needed(needs: set[str], target: Target) -> None:
-    token_ids, weight, dy = torch.randint(0, V, (2, 9)), torch.randn(V, 33), torch.randn(2, 9, 33)
-    given = options(33, (2, 9), dtype=torch.float32, **CASES["bert"])
-    everything = kernel_gradients(target, dy, token_ids, weight, given)
-    some = kernel_gradients(target, dy, token_ids, weight, given, frozenset(needs))
-    for name, dx in some.items():
-        assert_bitwise_equal(dx, everything[name], name)
-
-
 # ---- dropout: the same mask on every ISA --------------------------------------------------------
 
 
@@ -282,34 +131,6 @@ def test_dropout_is_that_of_philox(p: float, dtype: torch.dtype, target: Target)
             kept = dropout_mask(seed, (1, 1, 15, d), p).view(3, 5, d)
             factor = torch.tensor(1 / (1 - p), dtype=wide).to(dtype)
             assert torch.equal(y, torch.where(kept, factor, 0.0)), d
-
-
-# ---- sparse gradients ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["token", "scaled", "bert"])
-def test_sparse_gradient(case: str, dtype: torch.dtype, target: Target) -> None:
-    token_ids, weight = torch.randint(0, V, (3, 7)), torch.randn(V, 33).to(dtype)
-    dy = torch.randn(3, 7, 33).to(dtype)
-    given = options(33, (3, 7), dtype=dtype, **CASES[case], sparse=True)
-    actual = kernel_gradients(target, dy, token_ids, weight, given)["weight"]
-    eager = eager_gradients(dy, token_ids, weight, given)["weight"]
-    assert actual.is_sparse and not actual.is_coalesced() and actual.dtype == dtype
-    assert torch.equal(actual._indices(), eager._indices())
-    wide = {key: double(x) for key, x in given.items()}
-    exact = eager_gradients(dy.double(), token_ids, weight.double(), wide)["weight"]
-    check(actual._values(), exact._values(), eager._values(), "values", "gradient")
-
-
-def test_sparse_gradient_reaches_the_optimizer() -> None:
-    weight = torch.nn.Parameter(torch.randn(V, 4))
-    before, token_ids = weight.detach().clone(), torch.tensor([3, 9, 3])
-    pyfuse.embed(token_ids, weight, sparse=True).sum().backward()
-    assert weight.grad is not None and weight.grad.is_sparse
-    torch.optim.SGD([weight], lr=1.0).step()
-    moved = torch.zeros(V, 4).index_add(0, token_ids, torch.ones(3, 4))
-    torch.testing.assert_close(weight.detach(), before - moved)
 
 
 # ---- choice and errors --------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // Python arguments -> EmbedParams and RowSumsParams, with the checks that the kernels leave to
 // their caller.
 #include "api/arguments.h"
+#include "api/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -118,6 +119,8 @@ void embed_backward(const py::tuple& tables, int64_t tokens, int64_t d, int dtyp
     throw std::invalid_argument("embed_backward: without a norm, dsum is all there is");
   const py::gil_scoped_release release;
   check_all_ids(p.forward);
+  if (p.dsum != nullptr)
+    prefer_huge_pages(p.dsum, tokens * d * (p.forward.dtype == DType::f64 ? 8 : 4));
   cpu::kernels().embed_backward(p);
 }
 
@@ -142,6 +145,8 @@ void row_sums(uintptr_t rows, int64_t row_stride, int64_t count, int64_t d, cons
   const py::gil_scoped_release release;
   const EmbedTable table = {p.y, d, table_rows, p.ids, id_count};
   if (count > 0) check_ids(table, "ids", "the table");
+  const int64_t element = p.dtype == DType::f64 ? 8 : half ? 2 : 4;
+  prefer_huge_pages(p.y, table_rows * d * element);
   cpu::kernels().row_sums(p);
 }
 

@@ -34,7 +34,11 @@ PYFUSE_INLINE C reciprocal_deviation(const C* row, int64_t d, C mean, double eps
 template <class T, class P>
 PYFUSE_INLINE void plain_row(const Summands<T, P>& rows, const compute_t<T>* factor, T* y,
                              int64_t d) {
-  if (factor == nullptr)
+  if (factor == nullptr && rows.position == nullptr && rows.segment == nullptr && rows.scale == 1) {
+    for (int64_t i = 0; i < d; i += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(rows.next + i);
+    memcpy(y, rows.token, static_cast<size_t>(d) * sizeof(T));
+  } else if (factor == nullptr)
     for_vectors<compute_t<T>>(d, [&](auto at, int) PYFUSE_INLINE_BODY { at.put(y, rows.sum(at)); });
   else
     for_vectors<compute_t<T>>(

@@ -34,25 +34,22 @@ struct Part {
 
 // A sum over a row is kept in as many parts, to hide the latency of an addition.
 constexpr int accumulators = 4;
-// The parts, or as many numbers, added up as a tree.
-template <int U, class X>
-PYFUSE_INLINE X combine(const X (&part)[U]) {
-  if constexpr (U == 1) return part[0];
-  if constexpr (U == 2) return part[0] + part[1];
-  if constexpr (U == 4) return (part[0] + part[1]) + (part[2] + part[3]);
+template <class V>
+PYFUSE_INLINE V combine(const V (&part)[accumulators]) {
+  return (part[0] + part[1]) + (part[2] + part[3]);
 }
 
 #define PYFUSE_INLINE_BODY __attribute__((always_inline))
 
-// body(vector, part of U) for the vectors of d elements of computed type C.
-template <class C, int U = accumulators, class Body>
+// body(vector, part of a sum) for the vectors of d elements of computed type C.
+template <class C, class Body>
 PYFUSE_INLINE void for_vectors(int64_t d, const Body& body) {
   constexpr int64_t w = Vec<C>::width;
   int64_t i = 0;
-  for (; i + U * w <= d; i += U * w)
-    PYFUSE_UNROLL for (int u = 0; u < U; ++u) body(Whole<C>{i + u * w}, u);
+  for (; i + accumulators * w <= d; i += accumulators * w)
+    PYFUSE_UNROLL for (int a = 0; a < accumulators; ++a) body(Whole<C>{i + a * w}, a);
   for (; i + w <= d; i += w) body(Whole<C>{i}, 0);
-  if (i < d) body(Part{i, d - i}, U - 1);
+  if (i < d) body(Part{i, d - i}, 1);
 }
 
 PYFUSE_INLINE int64_t row_of(const EmbedTable& table, int64_t token) {
@@ -71,10 +68,12 @@ struct Summands {
   const T* token;
   const P* position;  // null: none
   const T* segment;   // null: none
+  const T* next;      // the row of the next token, fetched meanwhile
   compute_t<T> scale;
 
   template <class At>
   PYFUSE_INLINE vec_t<T> sum(const At& at) const {
+    __builtin_prefetch(next + at.i);
     vec_t<T> v = at(token) * scale;
     if (position != nullptr) v += at(position);
     if (segment != nullptr) v += at(segment);
@@ -84,8 +83,10 @@ struct Summands {
 
 template <class T, class P>
 PYFUSE_INLINE Summands<T, P> find_summands(const EmbedParams& p, int64_t token) {
+  const int64_t next = token + 1 < p.tokens ? token + 1 : token;
   return {find_row<T>(p.token, token), find_row<P>(p.position, token),
-          find_row<T>(p.segment, token), static_cast<compute_t<T>>(p.scale)};
+          find_row<T>(p.segment, token), find_row<T>(p.token, next),
+          static_cast<compute_t<T>>(p.scale)};
 }
 
 // Calls fn(T{}, P{}) for the types of a call. csrc/api/embed.cpp has checked that

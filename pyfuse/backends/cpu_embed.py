@@ -43,8 +43,17 @@ class Table(NamedTuple):
 
 
 def _table(weight: Tensor, ids: Tensor) -> Table:
-    flat = ids.reshape(-1).to(torch.int64).contiguous()
-    return Table(weight, flat, flat.numel())
+    if ids.dtype is not torch.int64 or not ids.is_contiguous():
+        ids = ids.to(torch.int64).contiguous()
+    return Table(weight, ids, ids.numel())
+
+
+def _vector(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 class Call(NamedTuple):
@@ -63,16 +72,20 @@ class Call(NamedTuple):
     statistics: Tensor | None
 
     def arguments(self) -> tuple[Any, ...]:
-        tables = (self.token, self.position, self.segment)
+        position, segment = self.position, self.segment
         norm = dropout = None
         if self.norm is not None:
             w, b, eps = self.norm
             norm = (w.data_ptr(), 0 if b is None else b.data_ptr(), eps)
         if self.dropout is not None:
             dropout = (self.dropout[0].data_ptr(), self.dropout[1])
-        position_dtype = self.dtype if self.position is None else self.position.weight.dtype
+        position_dtype = self.dtype if position is None else position.weight.dtype
         return (
-            tuple(None if t is None else t.address() for t in tables),
+            (
+                self.token.address(),
+                None if position is None else position.address(),
+                None if segment is None else segment.address(),
+            ),
             self.tokens,
             self.d,
             DTYPE[self.dtype],
@@ -103,7 +116,7 @@ def _prepare(
     dropout_seed: Tensor | None = None,
     sparse: bool = False,
 ) -> Call:
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = _wide(weight.dtype)
     d = weight.shape[1]
     position = segment = norm = dropout = None
     if sinusoidal:
@@ -115,8 +128,8 @@ def _prepare(
     if segment_ids is not None and segment_weight is not None:
         segment = _table(segment_weight, segment_ids)
     if norm_weight is not None:
-        bias = None if norm_bias is None else norm_bias.to(wide).contiguous()
-        norm = (norm_weight.to(wide).contiguous(), bias, eps)
+        bias = None if norm_bias is None else _vector(norm_bias, wide)
+        norm = (_vector(norm_weight, wide), bias, eps)
     if dropout_p > 0.0:
         if dropout_seed is None:
             raise ValueError("dropout_seed: got None, but dropout_p > 0 needs int64 (seed, offset)")
@@ -158,7 +171,7 @@ def _sinusoids(length: int, positions: Tensor | None, d: int, dtype: torch.dtype
 
 def embed(token_ids: Tensor, weight: Tensor, **options: Any) -> Tensor:
     """See pyfuse.embed."""
-    y = torch.empty((*token_ids.shape, weight.shape[1]), dtype=weight.dtype, device="cpu")
+    y = weight.new_empty((*token_ids.shape, weight.shape[1]))
     call = _prepare(None, token_ids, weight, **options)
     module().embed(*call.arguments(), y.data_ptr())
     return y
@@ -170,9 +183,9 @@ def forward(
     """Saved: mean and 1/deviation of each token, [tokens, 2], where there is a norm."""
     statistics = None
     if options.get("norm_weight") is not None:
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = _wide(weight.dtype)
         statistics = torch.empty((token_ids.numel(), 2), dtype=wide, device="cpu")
-    y = torch.empty((*token_ids.shape, weight.shape[1]), dtype=weight.dtype, device="cpu")
+    y = weight.new_empty((*token_ids.shape, weight.shape[1]))
     call = _prepare(statistics, token_ids, weight, **options)
     module().embed(*call.arguments(), y.data_ptr())
     return y, (statistics,)
@@ -260,5 +273,5 @@ def _sparse(rows: Tensor, call: Call) -> Tensor:
     values = (rows if call.scale == 1.0 else rows.to(call.wide) * call.scale).to(call.dtype)
     shape = call.token.weight.shape
     return torch.sparse_coo_tensor(
-        call.token.ids[None], values, shape, check_invariants=False, is_coalesced=False
+        call.token.ids.view(1, -1), values, shape, check_invariants=False, is_coalesced=False
     )
