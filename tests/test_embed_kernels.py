@@ -182,7 +182,7 @@ def refusals() -> list[tuple[str, Callable[[], Any]]]:
         entry.embed(tables, 1, 8, 0, 0, 1.0, norm, dropout, 0, 1, y)
 
     def backward(norm: Any, dsum: int, dnorm: int) -> None:
-        entry.embed_backward(tables, 1, 8, 0, 0, 1.0, norm, None, 0, 1, p, 8, dsum, dnorm)
+        entry.embed_gradient(tables, 1, 8, 0, 0, 1.0, norm, None, 0, 1, p, 8, dsum, dnorm)
 
     return [
         ("y: null data pointer", lambda: embed(y=0)),

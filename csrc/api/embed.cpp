@@ -101,12 +101,12 @@ void embed(const py::tuple& tables, int64_t tokens, int64_t d, int dtype, int po
   if (d > 0) cpu::kernels().embed(p);
 }
 
-void embed_backward(const py::tuple& tables, int64_t tokens, int64_t d, int dtype,
+void embed_gradient(const py::tuple& tables, int64_t tokens, int64_t d, int dtype,
                     int position_dtype, double scale, const py::object& norm,
                     const py::object& dropout, uintptr_t statistics, int threads, uintptr_t dy,
                     int64_t dy_stride, uintptr_t dsum, uintptr_t dnorm) {
   if (tokens == 0 || d == 0) return;
-  EmbedBackwardParams p{};
+  EmbedGradientParams p{};
   p.forward = read_embed(tables, tokens, d, dtype, position_dtype, scale, norm, dropout, statistics,
                          threads);
   p.dy = address(dy, "dy");
@@ -116,12 +116,12 @@ void embed_backward(const py::tuple& tables, int64_t tokens, int64_t d, int dtyp
   if (p.forward.norm_weight != nullptr && p.forward.statistics == nullptr)
     throw std::invalid_argument("statistics: null, but there is a norm");
   if (p.forward.norm_weight == nullptr && (p.dsum == nullptr || p.dnorm != nullptr))
-    throw std::invalid_argument("embed_backward: without a norm, dsum is all there is");
+    throw std::invalid_argument("embed_gradient: without a norm, dsum is all there is");
   const py::gil_scoped_release release;
   check_all_ids(p.forward);
   if (p.dsum != nullptr)
     prefer_huge_pages(p.dsum, tokens * d * (p.forward.dtype == DType::f64 ? 8 : 4));
-  cpu::kernels().embed_backward(p);
+  cpu::kernels().embed_gradient(p);
 }
 
 void row_sums(uintptr_t rows, int64_t row_stride, int64_t count, int64_t d, const py::object& ids,
@@ -154,7 +154,7 @@ void row_sums(uintptr_t rows, int64_t row_stride, int64_t count, int64_t d, cons
 
 void register_embed(py::module_& m) {
   m.def("embed", &embed, "Sum of table rows, norm, dropout into y [tokens, d]; see params.h.");
-  m.def("embed_backward", &embed_backward, "Gradient of the sum and of the norm's parameters.");
+  m.def("embed_gradient", &embed_gradient, "Gradient of the sum and of the norm's parameters.");
   m.def("row_sums", &row_sums, "Gradient of a table of which rows were looked up; see params.h.");
 }
 

@@ -5,20 +5,32 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define PYFUSE_DECLARE(ISA)                                                                        \
-  namespace pyfuse::cpu::ISA {                                                                     \
-  void attention(const AttentionParams&);                                                          \
-  void attention_decode(const AttentionParams&);                                                   \
-  void embed(const EmbedParams&);                                                                  \
-  void embed_backward(const EmbedBackwardParams&);                                                 \
-  void linear(const LinearParams*, int);                                                           \
-  void linear_packed(const LinearParams&);                                                         \
-  void pack_linear(const LinearParams&);                                                           \
-  void norm(const NormParams&);                                                                    \
-  void rope(const RopeParams&);                                                                    \
-  void row_sums(const RowSumsParams&);                                                             \
-  static const Kernels table = {attention,     attention_decode, embed, embed_backward, linear,    \
-                                linear_packed, pack_linear,      norm,  rope,           row_sums}; \
+#define PYFUSE_DECLARE(ISA)                                      \
+  namespace pyfuse::cpu::ISA {                                   \
+  void attention(const AttentionParams&);                        \
+  void attention_decode(const AttentionParams&);                 \
+  void attention_gradient(const AttentionGradientParams&);       \
+  void attention_score_gradient(const AttentionGradientParams&); \
+  void embed(const EmbedParams&);                                \
+  void embed_gradient(const EmbedGradientParams&);               \
+  void linear(const LinearParams*, int);                         \
+  void linear_packed(const LinearParams&);                       \
+  void pack_linear(const LinearParams&);                         \
+  void norm(const NormParams&);                                  \
+  void rope(const RopeParams&);                                  \
+  void row_sums(const RowSumsParams&);                           \
+  static const Kernels table = {attention,                       \
+                                attention_decode,                \
+                                attention_gradient,              \
+                                attention_score_gradient,        \
+                                embed,                           \
+                                embed_gradient,                  \
+                                linear,                          \
+                                linear_packed,                   \
+                                pack_linear,                     \
+                                norm,                            \
+                                rope,                            \
+                                row_sums};                       \
   }
 
 #if defined(__x86_64__)

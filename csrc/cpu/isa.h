@@ -14,8 +14,10 @@ constexpr int packed_linear_panel = 64;  // outputs of a panel of a packed weigh
 struct Kernels {
   void (*attention)(const AttentionParams&);
   void (*attention_decode)(const AttentionParams&);
+  void (*attention_gradient)(const AttentionGradientParams&);
+  void (*attention_score_gradient)(const AttentionGradientParams&);
   void (*embed)(const EmbedParams&);
-  void (*embed_backward)(const EmbedBackwardParams&);
+  void (*embed_gradient)(const EmbedGradientParams&);
   void (*linear)(const LinearParams* layers, int count);  // of one dtype, side by side
   void (*linear_packed)(const LinearParams&);             // w as pack_linear left it
   void (*pack_linear)(const LinearParams&);               // from w [N, K] to y [N/64][K][64]

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cpu_attention, cpu_embed, cpu_norm, cpu_rope
+from pyfuse.backends import (
+    cpu_attention,
+    cpu_attention_gradient,
+    cpu_decode,
+    cpu_embed,
+    cpu_norm,
+    cpu_rope,
+)
 from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
 from pyfuse.dispatch import Gradient, Impl
 
 __all__ = ["OPS", "available_isas", "isa", "select_isa", "why_unavailable"]
 
 OPS: dict[str, Impl] = {
-    "attention": Impl(cpu_attention.attention, cpu_attention.why_not_attention),
-    "decode_attention": Impl(
-        cpu_attention.decode_attention, cpu_attention.why_not_decode_attention
+    "attention": Impl(
+        cpu_attention.attention,
+        cpu_attention.why_not_attention,
+        Gradient(
+            cpu_attention_gradient.attention_forward,
+            cpu_attention_gradient.attention_backward,
+            cpu_attention_gradient.why_not,
+        ),
     ),
+    "varlen_attention": Impl(
+        cpu_attention.varlen_attention,
+        cpu_attention.why_not_varlen_attention,
+        Gradient(
+            cpu_attention_gradient.varlen_attention_forward,
+            cpu_attention_gradient.varlen_attention_backward,
+            cpu_attention_gradient.why_not,
+        ),
+    ),
+    "decode_attention": Impl(cpu_decode.decode_attention, cpu_decode.why_not_decode_attention),
     "embed": Impl(
         cpu_embed.embed,
         cpu_embed.why_not_embed,

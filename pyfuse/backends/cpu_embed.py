@@ -1,4 +1,4 @@
-"""Launchers of csrc/cpu/embed.cpp and its gradient, csrc/cpu/embed_backward.cpp and row_sums.cpp."""
+"""Launchers of csrc/cpu/embed.cpp and its gradient, csrc/cpu/embed_gradient.cpp and row_sums.cpp."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def _through_norm_and_dropout(
     if wants_norm:
         empty = call.tokens == 0
         dnorm = (torch.zeros if empty else torch.empty)((2, call.d), dtype=call.wide, device="cpu")
-    module().embed_backward(
+    module().embed_gradient(
         *call.arguments(),
         dy.data_ptr(),
         dy.stride(0),

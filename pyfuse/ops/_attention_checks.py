@@ -47,7 +47,7 @@ def resolve_scale(scale: float | None, d: int) -> float:
 
 
 def check_softcap(softcap: float) -> None:
-    if not (softcap > 0 and math.isfinite(softcap)):
+    if not 0.0 < softcap < math.inf:  # not math.isfinite: Dynamo has no symbolic one
         raise ValueError(f"softcap: got {softcap}, needs a finite number above 0 (None for no cap)")
 
 
@@ -102,6 +102,7 @@ def check_capacity(lengths: Tensor, capacity: int) -> None:
         or type(lengths) is not Tensor
         or lengths.device.type != "cpu"
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
         or lengths.numel() == 0
     ):
         return

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyfuse import dispatch
 from pyfuse.ops import _attention_checks as check
+from pyfuse.ops._autocast import autocast_enabled, for_attention
 from pyfuse.ops._checks import bind_dims, require_floating, same_dtype_device, unit_last_stride
 from pyfuse.ops._random import draw_seed
 
@@ -46,7 +47,7 @@ def attention(
     B batch, Hq and Hk heads, M queries, N keys, D and Dv head sizes:
     q [B, Hq, M, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv]: one dtype (float64, float32, bfloat16 or
       float16), one device, any strides that are 1 in the last dimension. Hq is a multiple of Hk:
-      query head h reads key head h // (Hq / Hk). Any size may be 0.
+      query head h reads key head h // (Hq / Hk). Any size may be 0. torch.autocast casts them.
     mask: broadcastable to [B, Hq, M, N], never expanded. bool: True where the query may attend.
       In q's dtype or float32: added (-inf hides), and differentiable. Other dtypes raise.
     causal: query i sees no key beyond i + N - M, so that the last query sees the last key.
@@ -71,6 +72,8 @@ def attention(
     and cannot do this.
     """
     dims = bind_dims(q=(q, "B Hq M D"), k=(k, "B Hk N D"), v=(v, "B Hk N Dv"))
+    if autocast_enabled():
+        q, k, v, mask, sinks, alibi_slopes = for_attention((q, k, v), mask, sinks, alibi_slopes)
     require_floating(q=q)
     same_dtype_device(q=q, k=k, v=v)
     unit_last_stride(q=q, k=k, v=v)
@@ -137,6 +140,8 @@ def varlen_attention(
         cu_seqlens_q=(cu_seqlens_q, "B+1"),
         cu_seqlens_k=(cu_seqlens_k, "B+1"),
     )
+    if autocast_enabled():
+        q, k, v, sinks, alibi_slopes = for_attention((q, k, v), sinks, alibi_slopes)
     require_floating(q=q)
     same_dtype_device(q=q, k=k, v=v)
     unit_last_stride(q=q, k=k, v=v)
@@ -198,6 +203,10 @@ def decode_attention(
     dims = bind_dims(
         q=(q, "B Hq M D"), k_cache=(k_cache, cache), v_cache=(v_cache, cache[:-1] + "Dv")
     )
+    if autocast_enabled():
+        q, k_cache, v_cache, sinks, alibi_slopes = for_attention(
+            (q, k_cache, v_cache), sinks, alibi_slopes
+        )
     require_floating(q=q)
     same_dtype_device(q=q, k_cache=k_cache, v_cache=v_cache)
     unit_last_stride(q=q, k_cache=k_cache, v_cache=v_cache)

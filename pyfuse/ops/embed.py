@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfuse import dispatch
+from pyfuse.ops._autocast import autocast_enabled, for_tables
 from pyfuse.ops._random import draw_seed
 
 
@@ -42,6 +43,9 @@ def embed(
       torch.nn.functional.embedding, for torch.optim.SparseAdam and SGD.
     ValueError, TypeError: an argument that does not fit; IndexError: an id outside its table.
     """
+    if autocast_enabled():
+        tables = for_tables(weight, position_weight, segment_weight)
+        weight, position_weight, segment_weight = tables
     _check_ids("token_ids", token_ids, None)
     _check_table("weight", weight, None)
     _check_positions(token_ids, weight, position_weight, positions)

@@ -72,7 +72,7 @@ PYFUSE_INLINE void fold(C* part, C* total, int64_t count) {
 
 // The tokens [token, end). to has the scratch; total [2, d] gets the norm's gradients, null: none.
 template <class T, class P>
-void backward_block(const EmbedBackwardParams& all, const DropoutRule& rule, int64_t token,
+void backward_block(const EmbedGradientParams& all, const DropoutRule& rule, int64_t token,
                     int64_t end, compute_t<T>* factor, Gradients<T> to, compute_t<T>* total) {
   typedef compute_t<T> C;
   const EmbedParams& p = all.forward;
@@ -103,7 +103,7 @@ int64_t scratch_bytes(int64_t d) {
 }
 
 template <class T, class P>
-void embed_backward_tokens(const EmbedBackwardParams& all) {
+void embed_gradient_tokens(const EmbedGradientParams& all) {
   typedef compute_t<T> C;
   const EmbedParams& p = all.forward;
   const bool drops = p.dropout_seed != nullptr;
@@ -145,9 +145,9 @@ void embed_backward_tokens(const EmbedBackwardParams& all) {
 
 }  // namespace
 
-void embed_backward(const EmbedBackwardParams& p) {
+void embed_gradient(const EmbedGradientParams& p) {
   with_embed_types(p.forward.dtype, p.forward.position_dtype, [&](auto type, auto position_type) {
-    embed_backward_tokens<decltype(type), decltype(position_type)>(p);
+    embed_gradient_tokens<decltype(type), decltype(position_type)>(p);
   });
 }
 
