@@ -42,6 +42,8 @@ bars: $(BIN)/pyfuse models ## measure every promised figure: figure, target, met
 
 bench: $(BIN)/pyfuse ## kernels against torch, interleaved
 	$(BIN)/python -m benchmarks.bench_attention
+	$(BIN)/python -m benchmarks.bench_rope
+	$(BIN)/python -m benchmarks.bench_embed
 
 clean: ## remove what was built, keep the models
 	rm -rf $(VENV) build dist *.egg-info pyfuse/*.so

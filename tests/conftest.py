@@ -68,6 +68,17 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         cpu.select_isa(before)
 
 
+def at_threads(*counts: int) -> Iterator[int]:
+    """Set torch's number of threads to each of the counts in turn, then back."""
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty and its like give NaN (integers: their maximum): what stays unwritten shows."""

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cpu_attention, cpu_attention_gradient, cpu_decode, cpu_norm, cpu_rope
+from pyfuse.backends import (
+    cpu_attention,
+    cpu_attention_gradient,
+    cpu_decode,
+    cpu_embed,
+    cpu_norm,
+    cpu_rope,
+)
 from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
 from pyfuse.dispatch import Gradient, Impl
 
@@ -30,7 +37,16 @@ OPS: dict[str, Impl] = {
         ),
     ),
     "decode_attention": Impl(cpu_decode.decode_attention, cpu_decode.why_not_decode_attention),
+    "embed": Impl(
+        cpu_embed.embed,
+        cpu_embed.why_not_embed,
+        Gradient(cpu_embed.forward, cpu_embed.backward, cpu_embed.why_not_backward),
+    ),
     "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
     "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),
-    "rope": Impl(cpu_rope.rope, cpu_rope.why_not_rope),
+    "rope": Impl(
+        cpu_rope.rope,
+        cpu_rope.why_not_rope,
+        Gradient(cpu_rope.forward, cpu_rope.backward, cpu_rope.why_not_backward),
+    ),
 }

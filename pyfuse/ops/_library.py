@@ -41,10 +41,9 @@ SCHEMAS: dict[str, str] = {
     "rms_norm": "Tensor x, Tensor? weight, *, float eps, Tensor? residual, bool prenorm, float dropout_p, "
     "Tensor? dropout_seed, str casting",
     "rope": "Tensor x, Tensor cos, Tensor sin, *, str layout, Tensor? positions, bool inplace",
-    # position_weight is a tensor or a word, which is one argument too many for a schema.
-    "embed": "Tensor token_ids, Tensor weight, *, Tensor? position_weight, str? position_kind, Tensor? positions, "
+    "embed": "Tensor token_ids, Tensor weight, *, Tensor? position_weight, bool sinusoidal, Tensor? positions, "
     "Tensor? segment_ids, Tensor? segment_weight, float scale, Tensor? norm_weight, Tensor? norm_bias, "
-    "float eps, float dropout_p, Tensor? dropout_seed",
+    "float eps, float dropout_p, Tensor? dropout_seed, bool sparse",
 }
 _POSITIONAL = {op: schema.split("*")[0].count("Tensor") for op, schema in SCHEMAS.items()}
 _NAMES = {
@@ -59,10 +58,8 @@ def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], named: str |
     """Put the call into the graph: as an operator, or the formula where only that will do."""
     if formula_reason() is not None or named == "eager" or _only_as_formula(op, tensors, options):
         return eager.OPS[op].fn(*tensors, **options)
-    if op == "embed":
-        kind = options["position_weight"]
-        word, weight = (kind, None) if isinstance(kind, str) else (None, kind)
-        options = {**options, "position_weight": weight, "position_kind": word}
+    if options.get("sparse", False) and wants_gradient(tensors, options):
+        return eager.OPS[op].fn(*tensors, **options)  # an operator's gradient is dense
     in_place = options.get("inplace", False)
     if in_place:  # operators here do not alias: a copy at the end does it
         options = {**options, "inplace": False}
@@ -91,9 +88,6 @@ def _parsed(
     given = [x.resolve_neg() if isinstance(x, Tensor) else x for x in arguments]
     count = _POSITIONAL[op]
     options: dict[str, Any] = dict(zip(_NAMES[op][count:], given[count:-1], strict=True))
-    if op == "embed":
-        word = options.pop("position_kind")
-        options["position_weight"] = options["position_weight"] if word is None else word
     return tuple(given[:count]), options, arguments[-1]
 
 

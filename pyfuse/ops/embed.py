@@ -25,6 +25,7 @@ def embed(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
+    sparse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """e = dropout(norm(scale · weight[token] + position row + segment row)).
@@ -38,6 +39,8 @@ def embed(
     segment_ids, like token_ids, and segment_weight [S, D]: both or neither (BERT's token types).
     norm_weight, norm_bias [D]: LayerNorm with eps after the sum; norm_weight None leaves it out.
     dropout_p: as in `layer_norm`, of the result.
+    sparse: the gradient of weight is a sparse COO tensor with a row for each token, as that of
+      torch.nn.functional.embedding, for torch.optim.SparseAdam and SGD.
     ValueError, TypeError: an argument that does not fit; IndexError: an id outside its table.
     """
     if autocast_enabled():
@@ -55,7 +58,8 @@ def embed(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
     options = {
-        "position_weight": position_weight,
+        "position_weight": position_weight if isinstance(position_weight, Tensor) else None,
+        "sinusoidal": isinstance(position_weight, str),
         "positions": positions,
         "segment_ids": segment_ids,
         "segment_weight": segment_weight,
@@ -65,6 +69,7 @@ def embed(
         "eps": eps,
         "dropout_p": dropout_p,
         "dropout_seed": draw_seed() if dropout_p > 0.0 else None,
+        "sparse": sparse,
     }
     return dispatch.run("embed", (token_ids, weight), options, backend)
 

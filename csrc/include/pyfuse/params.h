@@ -104,6 +104,54 @@ struct RopeParams {
   int64_t table_rows;
   DType dtype, table_dtype;
   bool interleaved;
+  bool inverse;  // by the negative angles: what the gradient of x needs
+  int threads;
+};
+
+// A table of rows and the row that each token takes of it.
+struct EmbedTable {
+  const void* weight;  // null: no such summand
+  int64_t row_stride, rows;
+  const int64_t* ids;  // token i takes row ids[i % id_count]; null: row i % id_count
+  int64_t id_count;
+};
+
+// y = dropout(norm(scale · token row + position row + segment row)).
+struct EmbedParams {
+  EmbedTable token, position, segment;
+  void* y;  // [tokens, d] contiguous
+  int64_t tokens, d;
+  DType dtype, position_dtype;  // position_dtype: dtype, or the one computed in
+  double scale;
+  const void *norm_weight, *norm_bias;  // of the dtype computed in; weight null: no norm
+  double eps;
+  void* statistics;             // [tokens, 2], mean and 1/deviation; null: not wanted
+  const int64_t* dropout_seed;  // null: no dropout
+  double dropout_p;
+  int threads;
+};
+
+// The gradient of y's sum and of the norm's parameters. y of `forward` is not looked at, and its
+// statistics are read.
+struct EmbedGradientParams {
+  EmbedParams forward;
+  const void* dy;
+  int64_t dy_stride;
+  void* dsum;   // [tokens, d] of the dtype computed in; null: not wanted
+  void* dnorm;  // [2, d] likewise: of the norm's weight, of its bias; null: not wanted
+};
+
+// y[v] = scale · the sum of the rows i with ids[i % id_count] = v, in their order; without ids
+// i % id_count = v.
+struct RowSumsParams {
+  const void* rows;
+  int64_t row_stride, count, d;
+  const int64_t* ids;
+  int64_t id_count;
+  void* y;  // [table_rows, d] contiguous
+  int64_t table_rows;
+  DType rows_dtype, dtype;  // rows_dtype: dtype, or the one computed in
+  double scale;
   int threads;
 };
 
