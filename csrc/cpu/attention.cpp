@@ -29,7 +29,7 @@ class Forward {
   typedef typename Path::Packed Packed;
   typedef typename Path::V V;
   static constexpr int W = Path::W, NR = Path::NR, BN = Path::BN;
-  static constexpr int64_t half = half_panel<Path>;
+  static constexpr int64_t half = half_panel<Path>, step = first_key_step<Path>;
 
   const AttentionParams p;
   const int64_t d_packed = Path::packed_length(p.d);
@@ -115,7 +115,7 @@ class Forward {
     const int64_t begin = tile * BN, end = bottom.hi < begin + BN ? bottom.hi : begin + BN;
     if (begin >= end || begin + BN <= top.lo) return;
     // Only the half panels that some row sees, keys [n, n + width).
-    const int64_t n = top.lo > begin ? begin + (top.lo - begin) / half * half : begin;
+    const int64_t n = top.lo > begin ? begin + (top.lo - begin) / step * step : begin;
     const int64_t count = end - n, width = (count + half - 1) / half * half;
 
     multiply_keys<Path>(t.q + local * d_packed, d_packed, head.k + begin * d_packed, n - begin,

@@ -107,7 +107,7 @@ class GradientBlock {
   typedef typename Path::Packed Packed;
   typedef typename Path::V V;
   static constexpr int W = Path::W, NR = Path::NR, BN = Path::BN;
-  static constexpr int64_t half = half_panel<Path>;
+  static constexpr int64_t half = half_panel<Path>, step = first_key_step<Path>;
 
  public:
   static constexpr int BM = 8 * MR;  // queries of a block: 12 KiB of Q at D = 64 in float
@@ -248,7 +248,7 @@ class GradientBlock {
     if (n >= bottom.hi || end <= top.lo || bottom.hi <= top.lo) return {0, 0, false, false};
     const bool edge = n < bottom.lo || end > top.hi;
     const bool whole = top.lo >= n && bottom.hi <= end;
-    const int64_t from = top.lo > n ? (top.lo - n) / half * half : 0;
+    const int64_t from = top.lo > n ? (top.lo - n) / step * step : 0;
     return {from, (bottom.hi < end ? bottom.hi - n : BN) - from,
             edge || whole || p.mask != nullptr || p.dropout_p > 0 || has_score_terms(p), whole};
   }

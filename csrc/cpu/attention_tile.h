@@ -213,6 +213,9 @@ struct Dot {
 // multipliers busy.
 template <class Path>
 constexpr int64_t half_panel = Path::NR / 2;
+// Where that may begin: dropout counts keys in fours, and half a panel of two lanes is less.
+template <class Path>
+constexpr int64_t first_key_step = half_panel<Path> < 4 ? 4 : half_panel<Path>;
 
 // s[6][width] = rows of Q times keys [from, from + width) of a tile, packed in panels; both are
 // multiples of half a panel.
