@@ -77,7 +77,7 @@ inline void hide_outside(int64_t lo, int64_t hi, int64_t width, C* s) {
 // Turns the raw products s[0..width) of query m with keys n, n+1, ... into scores: scale, softcap,
 // bias, ALiBi (only if has_score_terms), then -inf for every key that the query does not see.
 // `row` is scratch of the same width; width is a multiple of the vector width. cap_slope, where
-// wanted, takes the derivative of the capped by the uncapped score.
+// wanted, takes the derivative of the capped by the uncapped score, 0 for a hidden key.
 template <class C>
 void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, KeyRange range,
                    int64_t n, int64_t width, C* s, C* row, C* cap_slope = nullptr) {
@@ -94,13 +94,13 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
     mask_row(p, b, h, m, n, count > 0 ? count : 0, row);
   }
   for (int64_t j = 0; j < width; j += W) {
-    V x = load(s + j);
+    V x = load(s + j), slope_of_cap{};
     const V key = iota<C>() + static_cast<C>(j);
     if (terms) {
       x *= scale;
       if (cap > 0) {
         const V t = tanh(x / cap);
-        if (cap_slope != nullptr) store(cap_slope + j, C(1) - t * t);
+        slope_of_cap = C(1) - t * t;
         x = cap * t;
       }
       const V distance = diagonal - key;
@@ -113,7 +113,9 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
       const V bias = outside ? hidden : load(row + j);
       x = bias == hidden ? hidden : x + bias;
     }
-    store(s + j, outside ? hidden : x);
+    x = outside ? hidden : x;
+    store(s + j, x);
+    if (cap_slope != nullptr) store(cap_slope + j, x == hidden ? V{} : slope_of_cap);
   }
 }
 
