@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse tests benchmarks setup.py
 
 .PHONY: help demo models test lint format bars bench clean
@@ -42,6 +42,8 @@ bars: $(BIN)/pyfuse models ## measure every promised figure: figure, target, met
 
 bench: $(BIN)/pyfuse ## kernels against torch, interleaved
 	$(BIN)/python -m benchmarks.bench_attention
+	$(BIN)/python -m benchmarks.bench_rope
+	$(BIN)/python -m benchmarks.bench_embed
 
 clean: ## remove what was built, keep the models
 	rm -rf $(VENV) build dist *.egg-info pyfuse/*.so

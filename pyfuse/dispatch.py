@@ -4,14 +4,16 @@ The first backend of ``BACKENDS`` without an objection is taken. A backend that 
 (``backend=``, :func:`use_backend` or the environment variable ``PYFUSE_BACKEND``, in this order)
 never falls back: it runs, or the call raises with its reason.
 
-Gradients: the kernels compute values only. When a call needs more (autograd, a functorch transform
-such as ``vmap`` or ``jvp``, forward-mode AD) it runs the eager formula, which is plain differentiable torch
-and so right for every such use, second derivatives included.
+Gradients: a call of which autograd wants one runs on the first backend that has kernels for its forward
+and its backward pass (:class:`Gradient`, run by :mod:`pyfuse.autograd`). Program transforms (functorch's
+``vmap``, ``grad``, ``jvp``, ... and forward-mode AD) run the eager formula, which is plain differentiable
+torch and so right for every such use; second derivatives go through it as well.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +24,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from pyfuse.backends import BACKENDS
+from pyfuse.guards import formula_reason, plain, values_only
 
 
 class Gradient(NamedTuple):
@@ -41,6 +43,9 @@ class Gradient(NamedTuple):
     backward: Callable[..., dict[str, torch.Tensor]]
     # (needs, *tensors, **options) -> why these kernels cannot differentiate this call; None if they can.
     why_not: Callable[..., str | None]
+    # (results, tensors, options) -> what forward saves, from the tensors of the result (those of attention with
+    # its lse), of any backend. A compiled graph keeps nothing else; without it forward runs again there.
+    restore: Callable[..., tuple[torch.Tensor | None, ...]] | None = None
 
 
 class Impl(NamedTuple):
@@ -65,6 +70,9 @@ class Explanation:
 
     op: str
     candidates: tuple[Candidate, ...]
+    needs: tuple[
+        str, ...
+    ] = ()  # the arguments whose gradient is wanted: forward and backward are chosen together
 
     @property
     def chosen(self) -> str | None:
@@ -72,11 +80,15 @@ class Explanation:
         return last.backend if last.reason is None else None
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.chosen or 'no backend can run it'}"]
+        gradient = f", with the gradient of {', '.join(self.needs)}" if self.needs else ""
+        lines = [f"{self.op}{gradient}: {self.chosen or 'no backend can run it'}"]
         lines += [f"  {c.backend}: {c.reason or 'runs'}" for c in self.candidates]
         return "\n".join(lines)
 
 
+_is_dynamo_compiling = (
+    torch.compiler.is_dynamo_compiling
+)  # other tracers come with tensors or modes of their own
 _named: ContextVar[str | None] = ContextVar("pyfuse_backend", default=None)
 _explaining: ContextVar[bool] = ContextVar("pyfuse_explaining", default=False)
 
@@ -127,21 +139,43 @@ def backend_status() -> dict[str, str | None]:
     return {name: _unavailable(name) for name in BACKENDS}
 
 
-def formula_reason(tensors: tuple[Any, ...], options: dict[str, Any]) -> str | None:
-    """Why this call has to run the differentiable eager formula; None if a kernel's values will do."""
-    # Not peek_interpreter_stack(): Dynamo folds that to a constant "not None".
-    if torch._C._are_functorch_transforms_active():
-        return "a functorch transform needs the differentiable formula"
-    if forward_ad._current_level >= 0:
-        return "forward-mode AD needs the differentiable formula"
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return "a gradient is wanted, and this backend has no backward yet"
-        for t in options.values():
-            if isinstance(t, torch.Tensor) and t.requires_grad:
-                return "a gradient is wanted, and this backend has no backward yet"
-    return None
+@cache
+def tensor_names(op: str) -> tuple[str, ...]:
+    """The names of the positional tensors of ``op``: its formula's arguments, in order."""
+    return tuple(inspect.signature(load("eager").OPS[op].fn).parameters)
+
+
+@cache
+def tensor_options(op: str) -> tuple[str, ...]:
+    """The names of the options of ``op`` that may be tensors."""
+    parameters = inspect.signature(load("eager").OPS[op].fn).parameters.values()
+    named = (p for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return tuple(p.name for p in named if "Tensor" in p.annotation)
+
+
+class Demand(NamedTuple):
+    """What a call has to give beside its values."""
+
+    needs: frozenset[str] = frozenset()  # the arguments whose gradient autograd may ask for
+    formula: str | None = None  # why only the differentiable formula will do
+
+
+VALUES = Demand()
+
+
+def _demand(op: str, tensors: tuple[Any, ...], options: dict[str, Any]) -> Demand:
+    formula = formula_reason()
+    if formula is not None:
+        return Demand(formula=formula)
+    if not torch.is_grad_enabled():
+        return VALUES
+    names = tensor_names(op)
+    needs = [names[i] for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+    for name in tensor_options(op):
+        t = options[name]
+        if isinstance(t, torch.Tensor) and t.requires_grad:
+            needs.append(name)
+    return Demand(frozenset(needs)) if needs else VALUES
 
 
 @cache
@@ -154,61 +188,77 @@ def _offer(name: str, op: str) -> Impl | str:
     return f"does not implement {op}" if impl is None else impl
 
 
-def _ask(
-    name: str, op: str, tensors: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[Impl | None, str | None]:
-    """(the implementation, None) if this backend runs the call, else (None, its reason)."""
-    offer = _offer(name, op)
+def _why_not(
+    name: str, offer: Impl | str, tensors: tuple[Any, ...], options: dict[str, Any], demand: Demand
+) -> str | None:
+    """Why the backend of this offer cannot run the call; None if it can."""
     if isinstance(offer, str):
-        return None, offer
-    reason = None if name == "eager" else formula_reason(tensors, options)
-    if reason is None:
-        reason = offer.why_not(*tensors, **options)
-    return (offer, None) if reason is None else (None, reason)
+        return offer
+    if name == "eager" or demand is VALUES:  # eager is the formula itself
+        return offer.why_not(*tensors, **options)
+    if demand.formula is not None:
+        return demand.formula
+    if offer.gradient is None:
+        return _no_gradient(demand.needs)
+    reason = offer.why_not(*tensors, **options)
+    return reason or offer.gradient.why_not(demand.needs, *tensors, **options)
 
 
-def choose(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Impl:
+@cache
+def _no_gradient(needs: frozenset[str]) -> str:
+    return f"its kernels do not compute the gradient of {', '.join(sorted(needs))} yet"
+
+
+def choose(
+    op: str,
+    tensors: tuple[Any, ...],
+    options: dict[str, Any],
+    backend: str | None,
+    demand: Demand = VALUES,
+) -> Impl:
     """The implementation that runs this call; NotImplementedError with every reason if there is none."""
-    named = _name_of(backend)
+    # use_backend() has checked its name; this spares most calls a function.
+    named = _named.get() if backend is None and _default_name is None else _name_of(backend)
     reasons = []
     for name in BACKENDS if named is None else (named,):
-        impl, reason = _ask(name, op, tensors, options)
-        if impl is not None:
-            return impl
+        offer = _offer(name, op)
+        if demand is VALUES and not isinstance(offer, str):  # in most calls
+            reason = offer.why_not(*tensors, **options)
+        else:
+            reason = _why_not(name, offer, tensors, options, demand)
+        if reason is None:
+            return offer  # type: ignore[return-value]  # no reason: an Impl
         reasons.append(f"\n  {name}: {reason}")
     raise NotImplementedError(f"no backend can run {op}:{''.join(reasons)}")
 
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_is_compiling = torch.compiler.is_compiling
-_modes = torch._C._len_torch_dispatch_stack
-
-
-def _plain(tensors: tuple[Any, ...]) -> bool:
-    """No tensor subclass (FakeTensor, DTensor, ...), no lazy negation (``x.imag`` of a conjugate) and no dispatch
-    mode: memory can be handed to a kernel as it is."""
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
-            return False
-    return _modes() == 0
-
-
 def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None) -> Any:
     """Run a checked call of ``op``: straight to a backend, or as a torch.library operator in a graph."""
-    compiling = _is_compiling()
-    if not compiling and _explaining.get():
-        raise _Explained(_ask_all(op, tensors, options, backend))
-    if compiling or not _plain(tensors):
-        from pyfuse.ops import _library
+    if not _is_dynamo_compiling():
+        if _explaining.get():
+            raise _Explained(_ask_all(op, tensors, options, backend))
+        optional = tensor_options(op)
+        if values_only(tensors, options, optional):
+            return choose(op, tensors, options, backend).fn(*tensors, **options)
+        if plain(tensors) and plain([options[name] for name in optional]):
+            return _run_on_demand(op, tensors, options, backend)
+    from pyfuse.ops import _library
 
-        # use_backend() is a context variable, which a graph cannot read: the operator asks it when it runs.
-        named = backend or _default_name
-        if op in _library.SCHEMAS and formula_reason(tensors, options) is None and named != "eager":
-            return _library.call(op, tensors, options, named)
-        from pyfuse.backends import eager
+    # use_backend() is a context variable, which a graph cannot read: the operator asks it when it runs.
+    return _library.run(op, tensors, options, backend or _default_name)
 
-        return eager.OPS[op].fn(*tensors, **options)
-    return choose(op, tensors, options, backend).fn(*tensors, **options)
+
+def _run_on_demand(
+    op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
+) -> Any:
+    """Run a call whose gradient is wanted, or which is part of a program transform."""
+    demand = _demand(op, tensors, options)
+    impl = choose(op, tensors, options, backend, demand)
+    if impl.gradient is None or not demand.needs:
+        return impl.fn(*tensors, **options)
+    from pyfuse import autograd
+
+    return autograd.run(op, impl.gradient, demand.needs, tensors, options)
 
 
 class _Explained(Exception):
@@ -221,14 +271,14 @@ class _Explained(Exception):
 def _ask_all(
     op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
 ) -> Explanation:
-    named = _name_of(backend)
+    demand, named = _demand(op, tensors, options), _name_of(backend)
     candidates = []
     for name in BACKENDS if named is None else (named,):
-        _, reason = _ask(name, op, tensors, options)
+        reason = _why_not(name, _offer(name, op), tensors, options, demand)
         candidates.append(Candidate(name, reason))
         if reason is None:
             break
-    return Explanation(op, tuple(candidates))
+    return Explanation(op, tuple(candidates), tuple(sorted(demand.needs)))
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:

@@ -193,7 +193,7 @@ _MASKS = ("none", "bool", "rows", "padding", "float", "bias", "inf", "float32")
 _SEQLENS = ("none", "any", "zero")
 
 
-def _covering(seed: int, factors: dict[str, Sequence[Any]]) -> list[Case]:
+def covering(seed: int, factors: dict[str, Sequence[Any]], kind: Any = Case) -> list[Any]:
     """Greedy pairwise cover: of 60 random rows each time the one with the most new pairs."""
     rng = random.Random(seed)
     names = list(factors)
@@ -212,7 +212,7 @@ def _covering(seed: int, factors: dict[str, Sequence[Any]]) -> list[Case]:
             rows.append(row)
         best = max(rows, key=lambda row: len(_pairs(row) & missing))
         missing -= _pairs(best)
-        cases.append(Case(**{name: factors[name][i] for name, i in zip(names, best, strict=True)}))
+        cases.append(kind(**{name: factors[name][i] for name, i in zip(names, best, strict=True)}))
     return cases
 
 
@@ -220,7 +220,7 @@ def _pairs(row: list[int]) -> set[tuple[int, int, int, int]]:
     return {(a, row[a], b, row[b]) for a, b in combinations(range(len(row)), 2)}
 
 
-CORE = _covering(
+CORE = covering(
     1,
     {
         "sizes": _SIZES,
@@ -235,7 +235,7 @@ CORE = _covering(
         "causal": (False, True),
     },
 )
-OPTIONS = _covering(
+OPTIONS = covering(
     2,
     {
         "sizes": ((1, 65), (65, 111), (111, 63), (130, 130)),

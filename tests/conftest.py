@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from importlib import import_module
 from typing import NamedTuple
 
 import pytest
 import torch
+from recorder import Recorder, only_backends
 
 from pyfuse import dispatch
 from pyfuse.backends import BACKENDS
@@ -66,6 +68,17 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         cpu.select_isa(before)
 
 
+def at_threads(*counts: int) -> Iterator[int]:
+    """Set torch's number of threads to each of the counts in turn, then back."""
+    before = torch.get_num_threads()
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            yield count
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """torch.empty and its like give NaN (integers: their maximum): what stays unwritten shows."""
@@ -84,6 +97,25 @@ def poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call of one operation has the same dropout."""
+    seed = torch.tensor([3, 14])
+    for name in ("attention", "embed", "norm"):
+        monkeypatch.setattr(import_module(f"pyfuse.ops.{name}"), "draw_seed", lambda: seed)
+
+
+@pytest.fixture(params=["installed", "kernels", "formula"])
+def backends(request: pytest.FixtureRequest) -> Iterator[Recorder | None]:
+    """The backends as they are; one that has all gradient kernels; none but eager."""
+    if request.param == "installed":
+        yield None
+        return
+    recorder = Recorder() if request.param == "kernels" else None
+    with only_backends(**({"recorder": recorder} if recorder else {})):
+        yield recorder
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

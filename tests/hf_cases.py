@@ -98,6 +98,12 @@ ENCODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
 }
 MORE_ENCODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "roberta": lambda: hf.RobertaModel(hf.RobertaConfig(**_SIZES)),
+    "xlm_roberta": lambda: hf.XLMRobertaModel(hf.XLMRobertaConfig(**_SIZES)),
+    "camembert": lambda: hf.CamembertModel(hf.CamembertConfig(**_SIZES)),
+    "data2vec": lambda: hf.Data2VecTextModel(hf.Data2VecTextConfig(**_SIZES)),
+    "prelayernorm": lambda: hf.RobertaPreLayerNormModel(hf.RobertaPreLayerNormConfig(**_SIZES)),
+    "electra": lambda: hf.ElectraModel(hf.ElectraConfig(**_SIZES, embedding_size=32)),
+    "ernie": lambda: hf.ErnieModel(hf.ErnieConfig(**_SIZES, use_task_id=True)),
     "modernbert": lambda: hf.ModernBertModel(
         hf.ModernBertConfig(
             **_SIZES,

@@ -6,7 +6,8 @@ Truth is the eager formula in float64, on the same (already rounded) inputs. Ove
     mean error     <=  1.5 x eager's mean error  +  1/4 ulp of the mean value
 
 The last terms are for where eager happens to be exact: a quarter of an ulp is the mean error of
-rounding once. The mean sees a bias that the maximum hides.
+rounding once. The mean sees a bias that the maximum hides; it is asked of 32 elements and more, since
+the mean of eager's three errors for three sinks is luck.
 For float64 eager is the truth itself, so its own rounding is allowed for: 64 ulp.
 """
 
@@ -23,6 +24,7 @@ _MAX_FACTOR: dict[Kind, float] = {"output": 2.0, "gradient": 3.0}
 _MEAN_FACTOR = 1.5
 _ULPS, _MEAN_ULPS = 2.0, 0.25
 _FLOAT64_ULPS = 64.0
+_MEAN_NEEDS = 32
 
 
 def check(actual: Tensor, exact: Tensor, eager: Tensor, name: str, kind: Kind = "output") -> None:
@@ -44,7 +46,7 @@ def check(actual: Tensor, exact: Tensor, eager: Tensor, name: str, kind: Kind = 
         f"{own.max().item():.2e}), at element {where} of the finite ones: "
         f"{actual[where].item():.6g}, needs {exact[where].item():.6g}"
     )
-    assert error.mean().item() <= mean, (
+    assert error.numel() < _MEAN_NEEDS or error.mean().item() <= mean, (
         f"{name}: mean error {error.mean().item():.2e}, budget {mean:.2e} "
         f"(eager: {own.mean().item():.2e})"
     )

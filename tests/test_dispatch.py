@@ -14,6 +14,7 @@ from pyfuse import dispatch
 from pyfuse.backends import BACKENDS
 
 Q = torch.randn(1, 2, 5, 8)
+EMPTY = Q[..., :0]  # a head size of 0, which no kernel takes
 
 
 def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -45,13 +46,11 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_a_named_backend_does_not_fall_back() -> None:
-    q = Q.clone().requires_grad_()
     with pytest.raises(NotImplementedError, match="cpu: "):
-        pyfuse.attention(q, q, q, backend="cpu")
+        pyfuse.attention(EMPTY, EMPTY, EMPTY, backend="cpu")
     with pyfuse.use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: "):
-        pyfuse.attention(q, q, q)
-    pyfuse.attention(q, q, q).sum().backward()
-    assert q.grad is not None
+        pyfuse.attention(EMPTY, EMPTY, EMPTY)
+    assert pyfuse.attention(EMPTY, EMPTY, EMPTY).shape == EMPTY.shape
 
 
 def test_use_backend_is_scoped_and_overruled_by_the_argument() -> None:
@@ -65,7 +64,7 @@ def test_use_backend_is_scoped_and_overruled_by_the_argument() -> None:
 
 
 def test_explain_names_each_backend_passed_over() -> None:
-    answer = pyfuse.explain(pyfuse.attention, Q, Q, Q, dropout_p=0.5)
+    answer = pyfuse.explain(pyfuse.attention, EMPTY, EMPTY, EMPTY)
     assert answer.chosen == "eager"
     assert [c.backend for c in answer.candidates] == ["cpu", "eager"]
     assert answer.candidates[0].reason and answer.candidates[-1].reason is None
@@ -122,9 +121,13 @@ def test_kernels_refuse_null_pointers() -> None:
 
 def test_lazily_negated_tensors_are_read_with_their_sign() -> None:
     lazy = torch._neg_view(Q)  # as in x.conj().imag, but with a unit stride
-    assert lazy.is_neg()
+    mask = torch._neg_view(torch.randn(5, 5))
+    assert lazy.is_neg() and mask.is_neg()
     exact = pyfuse.attention(lazy.clone(), Q, Q)
     torch.testing.assert_close(pyfuse.attention(lazy, Q, Q), exact)
+    assert torch.equal(
+        pyfuse.attention(Q, Q, Q, mask=mask), pyfuse.attention(Q, Q, Q, mask=mask.clone())
+    )
     with torch.no_grad():
         torch.testing.assert_close(pyfuse.layer_norm(lazy), pyfuse.layer_norm(lazy.clone()))
 
@@ -137,25 +140,3 @@ def test_import_is_light() -> None:
         == "True"
     )
     assert python(code).stdout.strip() == ("['triton.language']" if loaded else "[]")
-
-
-def test_operators_pass_opcheck() -> None:
-    c = torch.randn(5, 4)
-    mask = torch.rand(1, 1, 5, 5) > 0.3
-    options = {
-        "mask": mask, "causal": True, "window": None, "softcap": None, "sinks": None, "alibi_slopes": None,
-        "seqlens_k": None, "dropout_p": 0.0, "dropout_seed": None, "scale": 0.3, "return_lse": True, "backend": None,
-    }  # fmt: skip
-    none = {"dropout_p": 0.0, "dropout_seed": None, "backend": None}
-    norm = {"residual": Q.clone(), "prenorm": True, **none}
-    rope = {"layout": "half", "positions": None, "inplace": False, "backend": None}
-    ops = torch.ops.pyfuse
-    from pyfuse.ops import _library  # noqa: F401  defines the operators
-
-    for op, args, kwargs in (
-        (ops.attention, (Q, Q.clone(), Q.clone()), options),
-        (ops.layer_norm, (Q, torch.ones(8), None), {"eps": 1e-5, **norm}),
-        (ops.rms_norm, (Q, torch.ones(8)), {"eps": 1e-5, "casting": "llama", **norm}),
-        (ops.rope, (Q, c, c), rope),
-    ):
-        torch.library.opcheck(op.default, args, kwargs)

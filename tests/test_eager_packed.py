@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import eager_attention as eager
+from pyfuse.backends import eager_decode
 
 HQ, HK, D, DV = 4, 2, 3, 4
 QUERIES = [3, 0, 5, 2, 0, 1]
@@ -142,7 +143,7 @@ def test_decode_is_attention_over_each_cache(name: str, causal: bool, m: int) ->
     options = STEPS[name] | {"causal": causal}
     q, k, v = normal(len(LENGTHS), HQ, m, D), cache(D), cache(DV)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
-    o, lse = eager.decode_attention(q, k, v, seqlens_k=lengths, **options, return_lse=True)
+    o, lse = eager_decode.decode_attention(q, k, v, seqlens_k=lengths, **options, return_lse=True)
     for b, length in enumerate(LENGTHS):
         one = slice(b, b + 1)
         expected_o, expected_lse = eager.attention(
@@ -167,12 +168,12 @@ def test_paged_cache_is_the_same_cache(page_size: int) -> None:
         pages.append(paged)
     unused = torch.arange(per_sequence) * page_size >= lengths[:, None]
     table[unused] = torch.tensor([-1, 10**6], dtype=torch.int32).repeat(len(order))[: unused.sum()]
-    expected = eager.decode_attention(q, k, v, seqlens_k=lengths)
-    close(eager.decode_attention(q, *pages, seqlens_k=lengths, block_table=table), expected)
+    expected = eager_decode.decode_attention(q, k, v, seqlens_k=lengths)
+    close(eager_decode.decode_attention(q, *pages, seqlens_k=lengths, block_table=table), expected)
 
 
 def test_decode_gradient_has_no_nan() -> None:
     q, k, v = (x.requires_grad_() for x in (normal(len(LENGTHS), HQ, 2, D), cache(D), cache(DV)))
-    eager.decode_attention(q, k, v, seqlens_k=torch.tensor(LENGTHS)).sum().backward()
+    eager_decode.decode_attention(q, k, v, seqlens_k=torch.tensor(LENGTHS)).sum().backward()
     for x in (q, k, v):
         assert x.grad is not None and x.grad.isfinite().all()

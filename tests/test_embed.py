@@ -101,7 +101,7 @@ def test_sum_is_rounded_once() -> None:
     e = pyfuse.embed(
         token_ids, table["weight"], position_weight=table["position_weight"], scale=3.3
     )
-    wide = table["weight"][token_ids].float() * 3.3 + table["position_weight"][:T].float()
+    wide = table["weight"][token_ids].double() * 3.3 + table["position_weight"][:T].double()
     assert e.dtype == torch.bfloat16 and torch.equal(e, wide.bfloat16())
 
 
@@ -150,14 +150,6 @@ def test_compiles() -> None:
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(token_ids), call(token_ids), rtol=0, atol=0)
     torch.testing.assert_close(torch.vmap(call)(token_ids), call(token_ids))
-
-
-def test_kernels_say_that_they_have_none(backend: str) -> None:
-    explanation = pyfuse.explain("embed", ids(), torch.randn(V, D))
-    assert explanation.chosen == "eager"
-    if backend != "eager":
-        with pytest.raises(NotImplementedError, match="does not implement embed"):
-            pyfuse.embed(ids(), torch.randn(V, D), backend=backend)
 
 
 W = torch.zeros(V, D)  # any table

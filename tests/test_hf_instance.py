@@ -307,13 +307,13 @@ def test_choosing_another_attention_later_is_honoured() -> None:
         assert model(**inputs, output_attentions=True).attentions[0].shape == (3, 4, 40, 40)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bert", "t5"])
 def test_compiled_equals_eager(name: str) -> None:
     model = build(name)
     inputs = inputs_for(model, "left", 13)
     expected = logits(model, inputs)
     accelerate(model)
-    if model.config.is_encoder_decoder or name in ("llama", "gpt2"):
+    if name != "bert":
         inputs["use_cache"] = False
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

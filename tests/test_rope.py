@@ -8,22 +8,13 @@ from typing import Any
 import pytest
 import torch
 from cases import laid_out
-from conftest import Target
+from conftest import Target, at_threads
 from numerics import assert_bitwise_equal, check
+from rope_cases import DTYPES, HEADS, LONG, ROTATIONS, TABLES, angles
 from torch import Tensor
 
 import pyfuse
 from pyfuse.backends import cpu_module
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-HEADS = [(2, 2), (3, 2), (15, 14), (63, 62), (64, 64), (65, 32), (80, 20), (128, 0), (197, 196)]
-LONG = (601, 600)  # more pairs than the kernel holds angles of
-ROTATIONS = ["half", "interleaved"]
-
-
-def angles(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    theta = 6.3 * torch.rand(shape, dtype=torch.float64)
-    return theta.cos().to(dtype), theta.sin().to(dtype)
 
 
 def check_rope(target: Target, x: Tensor, cos: Tensor, sin: Tensor, name: str, **o: Any) -> Tensor:
@@ -64,21 +55,6 @@ def test_memory_order(layout: str, memory: str, target: Target) -> None:
         assert beside[..., 0].isnan().all() and beside[..., 21:].isnan().all()
 
 
-TABLES: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor | None]]] = {
-    "shared": lambda: (*angles(5, 6), None),
-    "batched": lambda: (*angles(2, 5, 6), None),
-    "expanded": lambda: (*(t.expand(2, 5, 6) for t in angles(1, 5, 6)), None),
-    "first_half": lambda: (*(t[..., :6] for t in angles(2, 5, 12)), None),
-    "columns": lambda: (*(t.transpose(1, 2) for t in angles(2, 6, 5)), None),
-    "unlike": lambda: (angles(5, 6)[0], angles(6, 5)[1].T, None),
-    "gathered": lambda: (*angles(40, 6), torch.tensor([3, 39, 0, 3, 7])),
-    "gathered_each": lambda: (*angles(40, 6), torch.randint(0, 40, (2, 5))),
-    "gathered_int32": lambda: (*angles(40, 6), torch.randint(0, 40, (2, 5), dtype=torch.int32)),
-    "gathered_strided": lambda: (*angles(40, 6), torch.randint(0, 40, (5, 4)).T[::2]),
-    "gathered_expanded": lambda: (*angles(40, 6), torch.arange(5).expand(2, 5)),
-}
-
-
 @pytest.mark.parametrize("table", TABLES)
 def test_tables(table: str, target: Target) -> None:
     x = torch.randn(2, 3, 5, 16)
@@ -104,14 +80,9 @@ def test_empty(shape: tuple[int, ...], inplace: bool, backend: str) -> None:
 def test_threads_change_no_bit(layout: str, memory: str, target: Target) -> None:
     x = laid_out(torch.randn(2, 7, 101, 64).bfloat16(), memory)
     cos, sin = angles(101, 32)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(pyfuse.rope(x, cos, sin, layout=layout, backend=target.backend))
-    finally:
-        torch.set_num_threads(before)
+    results = [
+        pyfuse.rope(x, cos, sin, layout=layout, backend=target.backend) for _ in at_threads(1, 2, 3)
+    ]
     for y in results[1:]:
         assert_bitwise_equal(y, results[0], "threads")
 
@@ -255,13 +226,13 @@ def test_kernel_entry_refuses_what_would_crash(target: Target) -> None:
     p = torch.zeros(8).data_ptr()
     rope = cpu_module.module().rope
     with pytest.raises(ValueError, match="x: null data pointer"):
-        rope(0, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 8, 0, 0, False, 1)
+        rope(0, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 8, 0, 0, False, False, 1)
     with pytest.raises(ValueError, match="cannot rotate 10 of 8"):
-        rope(p, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 10, 0, 0, False, 1)
+        rope(p, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 10, 0, 0, False, False, 1)
     with pytest.raises(ValueError, match="x's dtype or float32"):
-        rope(p, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 8, 0, 3, False, 1)
+        rope(p, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 8, 0, 3, False, False, 1)
     with pytest.raises(ValueError, match="dtype: no such code: 9"):
-        rope(p, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 8, 9, 0, False, 1)
+        rope(p, stride, p, stride, p, p, 0, 4, 1, 0, (0, 0), sizes, 8, 9, 0, False, False, 1)
 
 
 X = torch.zeros(2, 3, 5, 8)

@@ -22,12 +22,39 @@ void read_strides(const pybind11::tuple& from, int64_t (&to)[count]) {
   for (int i = 0; i < count; ++i) to[i] = from[i].cast<int64_t>();
 }
 
-inline DType dtype_of(int code) {
+inline DType dtype_of(int64_t code) {
   if (code < 0 || code > static_cast<int>(DType::f64))
     throw std::invalid_argument("dtype: no such code: " + std::to_string(code));
   return static_cast<DType>(code);
 }
 
 inline int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
+
+// The elements of a tuple one after another, for calls with too many arguments to name each twice.
+class Arguments {
+ public:
+  explicit Arguments(const pybind11::tuple& from) : from_(from) {}
+
+  int64_t integer() { return next().cast<int64_t>(); }
+  double real() { return next().cast<double>(); }
+  template <int count>
+  void integers(int64_t (&to)[count]) {
+    read_strides(next().cast<pybind11::tuple>(), to);
+  }
+  // A null address raises where there is a name: that tensor must have memory.
+  void* address(const char* name = nullptr) {
+    const uintptr_t pointer = next().cast<uintptr_t>();
+    return name == nullptr ? optional_address(pointer) : pyfuse::address(pointer, name);
+  }
+
+ private:
+  pybind11::handle next() {
+    if (at_ >= from_.size()) throw std::invalid_argument("too few arguments");
+    return PyTuple_GET_ITEM(from_.ptr(), static_cast<Py_ssize_t>(at_++));
+  }
+
+  const pybind11::tuple& from_;
+  size_t at_ = 0;
+};
 
 }  // namespace pyfuse

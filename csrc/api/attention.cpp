@@ -7,73 +7,133 @@ namespace py = pybind11;
 namespace pyfuse {
 namespace {
 
-AttentionParams attention_params(uintptr_t q, const py::tuple& q_stride, uintptr_t k,
-                                 const py::tuple& k_stride, uintptr_t v, const py::tuple& v_stride,
-                                 uintptr_t o, const py::tuple& o_stride, uintptr_t lse,
-                                 const py::tuple& sizes, int dtype, double scale, double softcap,
-                                 int64_t window_left, int64_t window_right, uintptr_t seqlens_k,
-                                 uintptr_t sinks, uintptr_t alibi_slopes, int threads) {
+// Packed sequences: bounds that do not fit the tensors would be read beyond their end. Returns the
+// longest.
+int64_t check_sequences(const int64_t* cu_seqlens, int64_t batch, int64_t rows, const char* name) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = cu_seqlens[b + 1] - cu_seqlens[b];
+    if (length < 0 || cu_seqlens[b] < 0 || cu_seqlens[b + 1] > rows) {
+      throw std::invalid_argument(std::string(name) + ": sequence " + std::to_string(b) +
+                                  " has the rows " + std::to_string(cu_seqlens[b]) + " to " +
+                                  std::to_string(cu_seqlens[b + 1]) +
+                                  ", needs 0 <= first <= end <= " + std::to_string(rows));
+    }
+    longest = length > longest ? length : longest;
+  }
+  return longest;
+}
+
+// The order is that of pyfuse/backends/cpu_attention.py, `_call`.
+AttentionParams read_call(const py::tuple& call) {
+  Arguments from(call);
   AttentionParams p{};
   int64_t size[7];
-  read_strides(sizes, size);
+  from.integers(size);
   p.batch = size[0], p.heads_q = size[1], p.heads_k = size[2], p.queries = size[3];
   p.keys = size[4], p.d = size[5], p.dv = size[6];
   const bool any_key = p.keys > 0;
-  p.q = p.d > 0 ? address(q, "q") : nullptr;
-  p.k = any_key && p.d > 0 ? address(k, "k") : nullptr;
-  p.v = any_key ? address(v, "v") : nullptr;
-  p.o = address(o, "o");
-  p.lse = optional_address(lse);
-  read_strides(q_stride, p.q_stride);
-  read_strides(k_stride, p.k_stride);
-  read_strides(v_stride, p.v_stride);
-  read_strides(o_stride, p.o_stride);
-  p.dtype = dtype_of(dtype);
-  p.scale = scale, p.softcap = softcap;
-  p.window_left = window_left, p.window_right = window_right;
-  p.seqlens_k = static_cast<const int64_t*>(optional_address(seqlens_k));
-  p.sinks = static_cast<const float*>(optional_address(sinks));
-  p.alibi_slopes = static_cast<const float*>(optional_address(alibi_slopes));
-  p.threads = at_least_one(threads);
+  p.dtype = dtype_of(from.integer());
+  p.q = from.address(p.d > 0 ? "q" : nullptr), from.integers(p.q_stride);
+  p.k = from.address(any_key && p.d > 0 ? "k" : nullptr), from.integers(p.k_stride);
+  p.v = from.address(any_key ? "v" : nullptr), from.integers(p.v_stride);
+  p.o = from.address("o"), from.integers(p.o_stride);
+  p.lse = from.address(), from.integers(p.lse_stride);
+  p.lse_dtype = dtype_of(from.integer());
+  p.scale = from.real(), p.softcap = from.real();
+  p.window_left = from.integer(), p.window_right = from.integer();
+  p.seqlens_k = static_cast<const int64_t*>(from.address());
+  p.sinks = static_cast<const double*>(from.address());
+  p.alibi_slopes = static_cast<const double*>(from.address());
+  p.dropout_p = from.real();
+  p.dropout_seed =
+      static_cast<const int64_t*>(from.address(p.dropout_p > 0 ? "dropout_seed" : nullptr));
+  p.threads = at_least_one(static_cast<int>(from.integer()));
+  p.mask = from.address();
+  if (p.mask != nullptr) {
+    from.integers(p.mask_stride);
+    const int64_t dtype = from.integer();
+    p.mask_is_bool = dtype < 0;
+    p.mask_dtype = dtype < 0 ? DType::f32 : dtype_of(dtype);
+  }
   return p;
 }
 
-void set_mask(AttentionParams& p, uintptr_t mask, const py::tuple& stride, int dtype) {
-  p.mask = address(mask, "mask");
-  read_strides(stride, p.mask_stride);
-  p.mask_is_bool = dtype < 0;
-  p.mask_dtype = dtype < 0 ? DType::f32 : dtype_of(dtype);
+AttentionParams read_packed_call(const py::tuple& call, uintptr_t cu_seqlens_q,
+                                 uintptr_t cu_seqlens_k) {
+  AttentionParams p = read_call(call);
+  p.cu_seqlens_q = static_cast<const int64_t*>(address(cu_seqlens_q, "cu_seqlens_q"));
+  p.cu_seqlens_k = static_cast<const int64_t*>(address(cu_seqlens_k, "cu_seqlens_k"));
+  p.queries = check_sequences(p.cu_seqlens_q, p.batch, p.queries, "cu_seqlens_q");
+  p.keys = check_sequences(p.cu_seqlens_k, p.batch, p.keys, "cu_seqlens_k");
+  return p;
+}
+
+AttentionGradientParams read_gradient(const AttentionParams& call, const py::tuple& gradient) {
+  Arguments from(gradient);
+  AttentionGradientParams g{};
+  g.call = call;
+  g.d_o = from.address("do"), from.integers(g.do_stride);
+  g.d_lse = from.address(), from.integers(g.dlse_stride);
+  g.dq = from.address(), from.integers(g.dq_stride);
+  g.dk = from.address(), from.integers(g.dk_stride);
+  g.dv = from.address(), from.integers(g.dv_stride);
+  g.d_sinks = static_cast<double*>(from.address());
+  g.d_alibi_slopes = static_cast<double*>(from.address());
+  g.d_mask = from.address();
+  if (g.d_mask != nullptr) from.integers(g.mask_size);
+  return g;
 }
 
 // A query against a few keys at a time is bound by reading K and V: nothing is worth packing.
 bool few_queries(const AttentionParams& p) {
-  return p.queries * (p.heads_q / p.heads_k) <= 16 || p.queries <= 4;
+  return p.dropout_p == 0 && (p.queries * (p.heads_q / p.heads_k) <= 16 || p.queries <= 4);
 }
 
-void run(const AttentionParams& p) {
+void attention(const py::tuple& call) {
+  const AttentionParams p = read_call(call);
   const py::gil_scoped_release release;
-  few_queries(p) ? cpu::kernels().attention_decode(p) : cpu::kernels().attention(p);
+  if (few_queries(p)) {
+    cpu::kernels().attention_decode(DecodeParams{p});
+  } else {
+    cpu::kernels().attention(p);
+  }
+}
+
+void varlen_attention(const py::tuple& call, uintptr_t cu_seqlens_q, uintptr_t cu_seqlens_k) {
+  const AttentionParams p = read_packed_call(call, cu_seqlens_q, cu_seqlens_k);
+  const py::gil_scoped_release release;
+  if (p.queries > 0) cpu::kernels().attention(p);
+}
+
+void run_gradient(const AttentionGradientParams& g) {
+  if (g.call.lse_dtype != DType::f64 || g.call.lse == nullptr)
+    throw std::invalid_argument("lse: the gradient needs it in float64");
+  const py::gil_scoped_release release;
+  if (g.dq != nullptr) cpu::kernels().attention_gradient(g);
+  if (g.d_sinks != nullptr || g.d_mask != nullptr || g.d_alibi_slopes != nullptr)
+    cpu::kernels().attention_score_gradient(g);
+}
+
+void attention_gradient(const py::tuple& call, const py::tuple& gradient) {
+  const AttentionGradientParams g = read_gradient(read_call(call), gradient);
+  run_gradient(g);
+}
+
+void varlen_attention_gradient(const py::tuple& call, uintptr_t cu_seqlens_q,
+                               uintptr_t cu_seqlens_k, const py::tuple& gradient) {
+  const AttentionGradientParams g =
+      read_gradient(read_packed_call(call, cu_seqlens_q, cu_seqlens_k), gradient);
+  run_gradient(g);
 }
 
 }  // namespace
 
 void register_attention(py::module_& m) {
-  m.def(
-      "attention",
-      [](uintptr_t q, const py::tuple& q_stride, uintptr_t k, const py::tuple& k_stride,
-         uintptr_t v, const py::tuple& v_stride, uintptr_t o, const py::tuple& o_stride,
-         uintptr_t lse, const py::tuple& sizes, int dtype, double scale, double softcap,
-         int64_t window_left, int64_t window_right, uintptr_t seqlens_k, uintptr_t sinks,
-         uintptr_t alibi_slopes, int threads, bool align_to_seqlens, uintptr_t mask,
-         const py::object& mask_stride, int mask_dtype) {
-        AttentionParams p = attention_params(q, q_stride, k, k_stride, v, v_stride, o, o_stride,
-                                             lse, sizes, dtype, scale, softcap, window_left,
-                                             window_right, seqlens_k, sinks, alibi_slopes, threads);
-        p.align_to_seqlens = align_to_seqlens && p.seqlens_k != nullptr;
-        if (!mask_stride.is_none()) set_mask(p, mask, mask_stride, mask_dtype);
-        run(p);
-      },
-      "Attention forward. sizes = (B, Hq, Hk, M, N, D, Dv); mask_dtype -1 = bool; see params.h.");
+  m.def("attention", attention, "Attention forward; the order of `call` is in csrc/api.");
+  m.def("varlen_attention", varlen_attention, "The same for packed sequences.");
+  m.def("attention_gradient", attention_gradient, "Attention backward.");
+  m.def("varlen_attention_gradient", varlen_attention_gradient, "The same for packed sequences.");
 }
 
 }  // namespace pyfuse

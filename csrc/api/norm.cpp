@@ -1,8 +1,9 @@
-// Python arguments -> NormParams and NormBackwardParams, with the checks that the kernels leave to
+// Python arguments -> NormParams and NormGradientParams, with the checks that the kernels leave to
 // their caller.
 #include <unistd.h>
 
 #include "api/arguments.h"
+#include "api/huge_pages.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -22,15 +23,22 @@ int64_t cache_bytes() {
   return int64_t{32} << 20;
 }
 
+struct Rows {
+  void* memory;
+  DType dtype;
+};
+
 // Results go past the caches where they and what they are made of would not stay there; whole lines
 // only, so their rows have to begin at one. Neither choice changes a bit of the results.
-void fit_caches(NormArguments& p, int64_t bytes_per_element,
-                std::initializer_list<const void*> results) {
+void fit_caches(NormArguments& p, int64_t bytes_per_element, std::initializer_list<Rows> results) {
   const int64_t bytes = p.rows * p.d * bytes_per_element;
   p.row_by_row = bytes > cache_bytes() / 2;
   p.stream = bytes > cache_bytes() && p.d * size_of(p.dtype) % 64 == 0;
-  for (const void* result : results)
-    p.stream = p.stream && reinterpret_cast<uintptr_t>(result) % 64 == 0;
+  for (const Rows& result : results) {
+    p.stream = p.stream && reinterpret_cast<uintptr_t>(result.memory) % 64 == 0;
+    if (result.memory != nullptr)
+      prefer_huge_pages(result.memory, p.rows * p.d * size_of(result.dtype));
+  }
 }
 
 struct DTypes {
@@ -78,18 +86,19 @@ void norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uin
   p.x_stride = x_stride, p.residual_stride = residual_stride;
   const int64_t z_bytes = size_of(p.z_dtype);
   const int64_t optional = (p.residual != nullptr ? z_bytes : 0) + (p.z != nullptr ? z_bytes : 0);
-  fit_caches(p, size_of(p.dtype) + size_of(p.y_dtype) + optional, {p.y, p.z});
+  fit_caches(p, size_of(p.dtype) + size_of(p.y_dtype) + optional,
+             {{p.y, p.y_dtype}, {p.z, p.z_dtype}});
   const py::gil_scoped_release release;
   cpu::kernels().norm(p);
 }
 
 // strides: of the rows of x, residual, z, dy and dz; gradients are contiguous.
-void norm_backward(uintptr_t x, uintptr_t residual, uintptr_t z, uintptr_t weight, uintptr_t dy,
-                   uintptr_t dz, uintptr_t dropout_seed, uintptr_t dx, uintptr_t dresidual,
+void norm_gradient(uintptr_t x, uintptr_t residual, uintptr_t z, uintptr_t dy, uintptr_t dz,
+                   uintptr_t weight, uintptr_t dropout_seed, uintptr_t dx, uintptr_t dresidual,
                    uintptr_t dweight, uintptr_t dbias, int64_t rows, int64_t d,
                    const py::tuple& strides, int dtype, int z_dtype, int y_dtype, int weight_dtype,
                    int bias_dtype, int kind, double eps, double dropout_p, int threads) {
-  NormBackwardParams p{};
+  NormGradientParams p{};
   fill(p, {dtype, z_dtype, y_dtype, weight_dtype, bias_dtype}, kind, eps, dropout_seed, dropout_p,
        threads);
   int64_t stride[5];
@@ -111,16 +120,17 @@ void norm_backward(uintptr_t x, uintptr_t residual, uintptr_t z, uintptr_t weigh
   const int64_t z_bytes = size_of(p.z_dtype);
   const int64_t optional = (p.dx != nullptr ? size_of(p.dtype) : 0) +
                            (p.dz != nullptr ? z_bytes : 0) + (p.dresidual != nullptr ? z_bytes : 0);
-  fit_caches(p, size_of(p.dtype) + size_of(p.y_dtype) + optional, {p.dx, p.dresidual});
+  fit_caches(p, size_of(p.dtype) + size_of(p.y_dtype) + optional,
+             {{p.dx, p.dtype}, {p.dresidual, p.z_dtype}});
   const py::gil_scoped_release release;
-  cpu::kernels().norm_backward(p);
+  cpu::kernels().norm_gradient(p);
 }
 
 }  // namespace
 
 void register_norm(py::module_& m) {
   m.def("norm", &norm, "LayerNorm or RMSNorm of [rows, d] into contiguous rows; see params.h.");
-  m.def("norm_backward", &norm_backward, "The gradients that are not null pointers; see params.h.");
+  m.def("norm_gradient", &norm_gradient, "The gradients that are not null pointers; see params.h.");
 }
 
 }  // namespace pyfuse

@@ -31,7 +31,7 @@ void rope(uintptr_t x, const py::tuple& x_stride, uintptr_t y, const py::tuple& 
           uintptr_t cos, uintptr_t sin, int64_t table_batch_stride, int64_t table_row_stride,
           int64_t table_rows, uintptr_t positions, const py::tuple& position_stride,
           const py::tuple& sizes, int64_t r, int dtype, int table_dtype, bool interleaved,
-          int threads) {
+          bool inverse, int threads) {
   RopeParams p{};
   int64_t size[4];
   read_strides(sizes, size);
@@ -51,6 +51,7 @@ void rope(uintptr_t x, const py::tuple& x_stride, uintptr_t y, const py::tuple& 
   p.dtype = dtype_of(dtype);
   p.table_dtype = dtype_of(table_dtype);
   p.interleaved = interleaved;
+  p.inverse = inverse;
   p.threads = at_least_one(threads);
   check(p);
   const py::gil_scoped_release release;

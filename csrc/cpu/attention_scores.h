@@ -63,16 +63,29 @@ void mask_row(const AttentionParams& p, int64_t b, int64_t h, int64_t m, int64_t
   }
 }
 
+// s[j] = -inf for all j outside of [lo, hi), j < width.
+template <class C>
+inline void hide_outside(int64_t lo, int64_t hi, int64_t width, C* s) {
+  typedef typename Vec<C>::type V;
+  const V hidden = splat(-static_cast<C>(INFINITY));
+  const V first = splat(static_cast<C>(lo)), end = splat(static_cast<C>(hi));
+  V key = iota<C>();
+  for (int64_t j = 0; j < width; j += Vec<C>::width, key += static_cast<C>(Vec<C>::width))
+    store(s + j, (key < first) | (key >= end) ? hidden : load(s + j));
+}
+
 // Turns the raw products s[0..width) of query m with keys n, n+1, ... into scores: scale, softcap,
 // bias, ALiBi (only if has_score_terms), then -inf for every key that the query does not see.
-// `row` is scratch of the same width; width is a multiple of the vector width.
+// `row` is scratch of the same width; width is a multiple of the vector width. cap_slope, where
+// wanted, takes the derivative of the capped by the uncapped score, 0 for a hidden key.
 template <class C>
 void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, KeyRange range,
-                   int64_t n, int64_t width, C* s, C* row) {
+                   int64_t n, int64_t width, C* s, C* row, C* cap_slope = nullptr) {
   typedef typename Vec<C>::type V;
   constexpr int W = Vec<C>::width;
   const V hidden = splat(-static_cast<C>(INFINITY));
   const bool terms = has_score_terms(p);
+  if (!terms && p.mask == nullptr) return hide_outside(range.lo - n, range.hi - n, width, s);
   const C scale = static_cast<C>(p.scale), cap = static_cast<C>(p.softcap);
   const C slope = p.alibi_slopes != nullptr ? static_cast<C>(p.alibi_slopes[h]) : C(0);
   const C diagonal = static_cast<C>(diagonal_key(p, b, m) - n);
@@ -81,11 +94,15 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
     mask_row(p, b, h, m, n, count > 0 ? count : 0, row);
   }
   for (int64_t j = 0; j < width; j += W) {
-    V x = load(s + j);
+    V x = load(s + j), slope_of_cap{};
     const V key = iota<C>() + static_cast<C>(j);
     if (terms) {
       x *= scale;
-      if (cap > 0) x = cap * tanh(x / cap);
+      if (cap > 0) {
+        const V t = tanh(x / cap);
+        slope_of_cap = C(1) - t * t;
+        x = cap * t;
+      }
       const V distance = diagonal - key;
       x -= slope * (distance < C(0) ? -distance : distance);
     }
@@ -96,7 +113,9 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
       const V bias = outside ? hidden : load(row + j);
       x = bias == hidden ? hidden : x + bias;
     }
-    store(s + j, outside ? hidden : x);
+    x = outside ? hidden : x;
+    store(s + j, x);
+    if (cap_slope != nullptr) store(cap_slope + j, x == hidden ? V{} : slope_of_cap);
   }
 }
 
@@ -128,8 +147,13 @@ void write_row(const AttentionParams& p, int64_t b, int64_t h, int64_t m, comput
   for (; j + W <= p.dv; j += W) store(o + j, load(acc + j) * inverse);
   if (j < p.dv) store(o + j, load(acc + j) * inverse, p.dv - j);
   if (p.lse != nullptr) {
-    static_cast<C*>(p.lse)[(b * p.heads_q + h) * p.queries + m] =
-        static_cast<C>(top + ::log(denominator));
+    const int64_t at = b * p.lse_stride[0] + h * p.lse_stride[1] + m;
+    const double lse = top + ::log(denominator);
+    if (p.lse_dtype == DType::f64) {
+      static_cast<double*>(p.lse)[at] = lse;
+    } else {
+      static_cast<float*>(p.lse)[at] = static_cast<float>(lse);
+    }
   }
 }
 

@@ -34,6 +34,19 @@ inline void pack_panel(E* panel, int64_t count, int64_t length, const LoadRow& l
 template <class C>
 using vec_of = typename Vec<C>::type;
 
+// out = out·alpha + acc, alpha being one number a row (null: 1). The tile's own sum is added at the
+// end, not begun with out: the rounding errors of short sums grow less than those of one long sum.
+template <int R, int nv, class V, class C>
+PYFUSE_INLINE void add_tile(const V (&acc)[R][nv], const C* alpha, C* out, int64_t stride) {
+  constexpr int W = Vec<C>::width;
+  PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
+    PYFUSE_UNROLL for (int v = 0; v < nv; ++v) {
+      C* to = out + r * stride + v * W;
+      store(to, alpha == nullptr ? load(to) + acc[r][v] : load(to) * alpha[r] + acc[r][v]);
+    }
+  }
+}
+
 template <class C>
 struct Wide {
   typedef C Compute;
@@ -46,6 +59,8 @@ struct Wide {
 
   static int64_t packed_length(int64_t d) { return d; }  // elements of Packed per key
   static constexpr int value_vector = W;  // elements of Packed to the next vector of columns of V
+  static constexpr int panel_vector = W;  // the same in a panel of K
+  static constexpr int depth = 1;         // summed elements that one step takes
 
   template <class T>
   static void pack_k(Packed* panel, const T* k, int64_t stride, int64_t count, int64_t d) {
@@ -79,31 +94,30 @@ struct Wide {
     if (j < d) store(packed + j, load(q + j, d - j), d - j);
   }
 
-  static void multiply_k(const Packed* q, const Packed* panel, int64_t d, C* s) {
-    multiply_panel(q, d, panel, NR, d, s, BN);
+  // s[6][nv·W] = rows of Q (or dO) times nv vectors of one panel of K (or V); s has rows of BN.
+  template <int nv>
+  static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d, C* s) {
+    multiply_panel<nv>(q, q_stride, panel, NR, d, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, V x) { store(p + j, x); }
 
-  template <int nv>
-  static void multiply_v(const Packed* p, const Packed* values, int64_t padded, int64_t count,
-                         const C* alpha, C* o) {
-    V acc[MR][nv];
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
-          load(o + r * padded + v * W) * alpha[r];
-    }
+  // out[r] = out[r]·alpha[r] + Σ_n weights(r, n)·values[n], for R rows and nv vectors of columns;
+  // weights(r, n) lies at r·row_stride + n·step_stride. alpha null: 1.
+  template <int R, int nv>
+  static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
+                         const Packed* values, int64_t padded, int64_t count, const C* alpha,
+                         C* out) {
+    V acc[R][nv] = {};
     for (int64_t n = 0; n < count; ++n) {
       V x[nv];
       PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load(values + n * padded + v * W);
-      PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-        const V weight = splat(p[r * BN + n]);
+      PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
+        const V weight = splat(weights[r * row_stride + n * step_stride]);
         PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] += weight * x[v];
       }
     }
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) store(o + r * padded + v * W, acc[r][v]);
-    }
+    add_tile(acc, alpha, out, padded);
   }
 
   static C value(const Packed* values, int64_t padded, int64_t n, int64_t j) {
@@ -123,6 +137,8 @@ struct Dot {
 
   static int64_t packed_length(int64_t d) { return (d + 1) / 2 * 2; }
   static constexpr int value_vector = 2 * W;  // two keys lie side by side
+  static constexpr int panel_vector = 2 * W;
+  static constexpr int depth = 2;  // a pair
 
   static vuint read_pairs(const bf16* p, int64_t n) {
     return (vuint)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
@@ -160,32 +176,30 @@ struct Dot {
     if (d % 2 != 0) packed[d] = bf16{0};
   }
 
-  static void multiply_k(const Packed* q, const Packed* panel, int64_t d, float* s) {
-    multiply_pairs(q, packed_length(d), panel, NR, (d + 1) / 2, s, BN);
+  template <int nv>
+  static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d,
+                         float* s) {
+    multiply_pairs<nv>(q, q_stride, panel, NR, (d + 1) / 2, s, BN);
   }
 
   static void put_p(Packed* p, int64_t j, vfloat x) { store(p + j, x); }
 
-  template <int nv>
-  static void multiply_v(const Packed* p, const Packed* values, int64_t padded, int64_t count,
-                         const float* alpha, float* o) {
-    __m512 acc[MR][nv];
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
-          (__m512)(load(o + r * padded + v * W) * alpha[r]);
-    }
-    for (int64_t n = 0; n < count; n += 2) {
+  // As in Wide; the pair n/2 of row r lies at r·row_stride + n/2·step_stride.
+  template <int R, int nv>
+  static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
+                         const Packed* values, int64_t padded, int64_t count, const float* alpha,
+                         float* out) {
+    vfloat acc[R][nv] = {};
+    for (int64_t n = 0; n < count; n += 2, weights += step_stride) {
       __m512bh x[nv];
       PYFUSE_UNROLL for (int v = 0; v < nv; ++v) x[v] = load_pairs(values + n * padded + 2 * v * W);
-      PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-        const __m512bh weight = broadcast_pair(p + r * BN + n);
+      PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
+        const __m512bh weight = broadcast_pair(weights + r * row_stride);
         PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
-            _mm512_dpbf16_ps(acc[r][v], weight, x[v]);
+            (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], weight, x[v]);
       }
     }
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) store(o + r * padded + v * W, (vfloat)acc[r][v]);
-    }
+    add_tile(acc, alpha, out, padded);
   }
 
   static float value(const Packed* values, int64_t padded, int64_t n, int64_t j) {
@@ -194,5 +208,62 @@ struct Dot {
   static float probability(const Packed* p, int64_t n) { return to_compute(p[n]); }
 };
 #endif
+
+// What is skipped at the edge of the visible keys: half a panel, the least that keeps the multipliers
+// busy, but whole groups of four, as dropout counts.
+template <class Path>
+constexpr int64_t half_panel = Path::NR >= 8 ? Path::NR / 2 : Path::NR;
+
+// s[6][width] = rows of Q times keys [from, from + width) of a tile, packed in panels; both are
+// multiples of half a panel.
+template <class Path>
+inline void multiply_keys(const typename Path::Packed* q, int64_t q_stride,
+                          const typename Path::Packed* panels, int64_t from, int64_t width,
+                          int64_t d, typename Path::Compute* s) {
+  constexpr int64_t NR = Path::NR, half = half_panel<Path>;
+  for (int64_t j = from; j < from + width;) {
+    const typename Path::Packed* panel = panels + j / NR * NR * Path::packed_length(d);
+    if (j % NR == 0 && from + width - j >= NR) {
+      Path::template multiply_k<NV>(q, q_stride, panel, d, s + j - from);
+      j += NR;
+    } else {
+      panel += j % NR / Path::W * Path::panel_vector;
+      Path::template multiply_k<half / Path::W>(q, q_stride, panel, d, s + j - from);
+      j += half;
+    }
+  }
+}
+
+// Path::accumulate for R rows and all columns (`padded` of them), NV vectors at a time.
+template <class Path, int R>
+inline void accumulate_columns(const typename Path::Packed* weights, int64_t row_stride,
+                               int64_t step_stride, const typename Path::Packed* values,
+                               int64_t padded, int64_t count, const typename Path::Compute* alpha,
+                               typename Path::Compute* out) {
+  constexpr int W = Path::W;
+  for (int64_t column = 0; column < padded / W; column += NV) {
+    const int64_t left = padded / W - column;
+    const typename Path::Packed* x = values + column * Path::value_vector;
+    typename Path::Compute* to = out + column * W;
+    switch (left < NV ? left : NV) {
+      case 1:
+        Path::template accumulate<R, 1>(weights, row_stride, step_stride, x, padded, count, alpha,
+                                        to);
+        break;
+      case 2:
+        Path::template accumulate<R, 2>(weights, row_stride, step_stride, x, padded, count, alpha,
+                                        to);
+        break;
+      case 3:
+        Path::template accumulate < R,
+            NV<3 ? 1 : 3>(weights, row_stride, step_stride, x, padded, count, alpha, to);
+        break;
+      default:
+        Path::template accumulate<R, NV>(weights, row_stride, step_stride, x, padded, count, alpha,
+                                         to);
+        break;
+    }
+  }
+}
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA

@@ -5,18 +5,34 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define PYFUSE_DECLARE(ISA)                                                                      \
-  namespace pyfuse::cpu::ISA {                                                                   \
-  void attention(const AttentionParams&);                                                        \
-  void attention_decode(const AttentionParams&);                                                 \
-  void linear(const LinearParams*, int);                                                         \
-  void linear_packed(const LinearParams&);                                                       \
-  void pack_linear(const LinearParams&);                                                         \
-  void norm(const NormParams&);                                                                  \
-  void norm_backward(const NormBackwardParams&);                                                 \
-  void rope(const RopeParams&);                                                                  \
-  static const Kernels table = {attention, attention_decode, linear, linear_packed, pack_linear, \
-                                norm,      norm_backward,    rope};                              \
+#define PYFUSE_DECLARE(ISA)                                      \
+  namespace pyfuse::cpu::ISA {                                   \
+  void attention(const AttentionParams&);                        \
+  void attention_decode(const DecodeParams&);                    \
+  void attention_gradient(const AttentionGradientParams&);       \
+  void attention_score_gradient(const AttentionGradientParams&); \
+  void embed(const EmbedParams&);                                \
+  void embed_gradient(const EmbedGradientParams&);               \
+  void linear(const LinearParams*, int);                         \
+  void linear_packed(const LinearParams&);                       \
+  void pack_linear(const LinearParams&);                         \
+  void norm(const NormParams&);                                  \
+  void norm_gradient(const NormGradientParams&);                 \
+  void rope(const RopeParams&);                                  \
+  void row_sums(const RowSumsParams&);                           \
+  static const Kernels table = {attention,                       \
+                                attention_decode,                \
+                                attention_gradient,              \
+                                attention_score_gradient,        \
+                                embed,                           \
+                                embed_gradient,                  \
+                                linear,                          \
+                                linear_packed,                   \
+                                pack_linear,                     \
+                                norm,                            \
+                                norm_gradient,                   \
+                                rope,                            \
+                                row_sums};                       \
   }
 
 #if defined(__x86_64__)

@@ -13,13 +13,18 @@ constexpr int packed_linear_panel = 64;  // outputs of a panel of a packed weigh
 // set defines one of these functions in its namespace pyfuse::cpu::<isa>.
 struct Kernels {
   void (*attention)(const AttentionParams&);
-  void (*attention_decode)(const AttentionParams&);
+  void (*attention_decode)(const DecodeParams&);
+  void (*attention_gradient)(const AttentionGradientParams&);
+  void (*attention_score_gradient)(const AttentionGradientParams&);
+  void (*embed)(const EmbedParams&);
+  void (*embed_gradient)(const EmbedGradientParams&);
   void (*linear)(const LinearParams* layers, int count);  // of one dtype, side by side
   void (*linear_packed)(const LinearParams&);             // w as pack_linear left it
   void (*pack_linear)(const LinearParams&);               // from w [N, K] to y [N/64][K][64]
   void (*norm)(const NormParams&);
-  void (*norm_backward)(const NormBackwardParams&);
+  void (*norm_gradient)(const NormGradientParams&);
   void (*rope)(const RopeParams&);
+  void (*row_sums)(const RowSumsParams&);
 };
 
 const Kernels& kernels();                   // of the chosen instruction set

@@ -11,7 +11,7 @@ namespace pyfuse::cpu::PYFUSE_ISA {
 // body(i, thread) for i in [0, n), handed out in order to whichever thread is free; 0 <= thread <
 // threads. Which thread runs an i must not matter to its result.
 template <class Body>
-inline void parallel_for(int64_t n, int threads, const Body& body) {
+inline void parallel_for(int64_t n, [[maybe_unused]] int threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && n > 1) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)

@@ -11,7 +11,7 @@ constexpr int64_t tile = 16;               // tokens whose angles are held at a 
 constexpr int64_t chunk_pairs = 128;       // for this many pairs
 
 // The angles of one token as the rotation wants them. half: one cos and sin for each pair;
-// interleaved: each twice, the first of the two sines negated.
+// interleaved: each twice, the first of the two sines negated (the second for the inverse).
 template <class C>
 struct Angles {
   C cos_lane[2 * chunk_pairs], sin_lane[2 * chunk_pairs];
@@ -19,14 +19,15 @@ struct Angles {
 };
 
 template <bool interleaved, class S, class C>
-PYFUSE_INLINE void read_angles(const S* cos, const S* sin, int64_t pairs, Angles<C>& angles) {
+PYFUSE_INLINE void read_angles(const S* cos, const S* sin, int64_t pairs, bool inverse,
+                               Angles<C>& angles) {
   angles.cos = angles.cos_lane;
   angles.sin = angles.sin_lane;
   if constexpr (interleaved) {
     for (int64_t i = 0; i < pairs; ++i) {
       angles.cos_lane[2 * i] = angles.cos_lane[2 * i + 1] = to_compute(cos[i]);
-      angles.sin_lane[2 * i + 1] = to_compute(sin[i]);
-      angles.sin_lane[2 * i] = -angles.sin_lane[2 * i + 1];
+      angles.sin_lane[2 * i + !inverse] = to_compute(sin[i]);
+      angles.sin_lane[2 * i + inverse] = -to_compute(sin[i]);
     }
   } else {
     for (int64_t i = 0; i < pairs; ++i) {
@@ -37,16 +38,16 @@ PYFUSE_INLINE void read_angles(const S* cos, const S* sin, int64_t pairs, Angles
 }
 // A table of the computed type in this layout is used where it lies.
 template <bool interleaved, class C>
-PYFUSE_INLINE void use_or_read_angles(const C* cos, const C* sin, int64_t pairs,
+PYFUSE_INLINE void use_or_read_angles(const C* cos, const C* sin, int64_t pairs, bool inverse,
                                       Angles<C>& angles) {
-  if constexpr (interleaved) return read_angles<interleaved>(cos, sin, pairs, angles);
+  if constexpr (interleaved) return read_angles<interleaved>(cos, sin, pairs, inverse, angles);
   angles.cos = cos;
   angles.sin = sin;
 }
 template <bool interleaved, class S, class C>
-PYFUSE_INLINE void use_or_read_angles(const S* cos, const S* sin, int64_t pairs,
+PYFUSE_INLINE void use_or_read_angles(const S* cos, const S* sin, int64_t pairs, bool inverse,
                                       Angles<C>& angles) {
-  read_angles<interleaved>(cos, sin, pairs, angles);
+  read_angles<interleaved>(cos, sin, pairs, inverse, angles);
 }
 
 // 1 0 3 2 ...
@@ -69,24 +70,26 @@ PYFUSE_INLINE vdouble swap_neighbours(vdouble v) {
 #endif
 }
 
-// x[i] with x[i + half]. x and y may be the same: both of a pair are read before either is written.
+// The element i of a row with the one `distance` further; the inverse starts at the second and has
+// a negative distance, for a rotation back is the rotation of the two exchanged. x and y may be the
+// same: both of a pair are read before either is written.
 template <class T>
-PYFUSE_INLINE void rotate_halves(const T* x, T* y, int64_t half, int64_t pairs,
+PYFUSE_INLINE void rotate_halves(const T* x, T* y, int64_t distance, int64_t pairs,
                                  const compute_t<T>* cos, const compute_t<T>* sin) {
   constexpr int64_t w = width<T>;
   int64_t i = 0;
   for (; i + w <= pairs; i += w) {
-    const vec_t<T> x1 = load(x + i), x2 = load(x + half + i);
+    const vec_t<T> x1 = load(x + i), x2 = load(x + distance + i);
     const vec_t<T> c = load(cos + i), s = load(sin + i);
     store(y + i, x1 * c - x2 * s);
-    store(y + half + i, x2 * c + x1 * s);
+    store(y + distance + i, x2 * c + x1 * s);
   }
   const int64_t rest = pairs - i;
   if (rest > 0) {
-    const vec_t<T> x1 = load(x + i, rest), x2 = load(x + half + i, rest);
+    const vec_t<T> x1 = load(x + i, rest), x2 = load(x + distance + i, rest);
     const vec_t<T> c = load(cos + i, rest), s = load(sin + i, rest);
     store(y + i, x1 * c - x2 * s, rest);
-    store(y + half + i, x2 * c + x1 * s, rest);
+    store(y + distance + i, x2 * c + x1 * s, rest);
   }
 }
 
@@ -144,6 +147,7 @@ PYFUSE_INLINE void in_memory_order(const RopeParams& p, int64_t count, const Vis
 template <class T, class S, bool interleaved>
 void rotate_tile(const RopeParams& p, int64_t first_token, int64_t count) {
   const int64_t half = p.r / 2;
+  const int64_t start = p.inverse ? half : 0, distance = p.inverse ? -half : half;
   Token<T, S> tokens[tile];
   Angles<compute_t<T>> angles[tile];
   for (int64_t t = 0; t < count; ++t) tokens[t] = find_token<T, S>(p, first_token + t);
@@ -151,14 +155,15 @@ void rotate_tile(const RopeParams& p, int64_t first_token, int64_t count) {
     const int64_t pairs = half - first < chunk_pairs ? half - first : chunk_pairs;
     for (int64_t t = 0; t < count; ++t)
       use_or_read_angles<interleaved>(tokens[t].cos + first, tokens[t].sin + first, pairs,
-                                      angles[t]);
+                                      p.inverse, angles[t]);
     in_memory_order(p, count, [&](int64_t t, int64_t h) {
       const T* from = tokens[t].x + h * p.x_stride[1];
       T* to = tokens[t].y + h * p.y_stride[1];
       if constexpr (interleaved)
         rotate_neighbours(from + 2 * first, to + 2 * first, pairs, angles[t].cos, angles[t].sin);
       else
-        rotate_halves(from + first, to + first, half, pairs, angles[t].cos, angles[t].sin);
+        rotate_halves(from + start + first, to + start + first, distance, pairs, angles[t].cos,
+                      angles[t].sin);
     });
   }
   if (p.r < p.d && p.x != p.y)

@@ -12,31 +12,32 @@ namespace pyfuse::cpu::PYFUSE_ISA {
 constexpr int MR = 6;                                  // rows of a block
 constexpr int NV = PYFUSE_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a panel
 
-// Writes the 6 x NV·W accumulators to out, or adds them to what is there.
-template <class V, class C>
-PYFUSE_INLINE void put_tile(const V (&acc)[MR][NV], C* out, int64_t out_stride, bool add) {
+// Writes the 6 x nv·W accumulators to out, or adds them to what is there.
+template <int nv, class V, class C>
+PYFUSE_INLINE void put_tile(const V (&acc)[MR][nv], C* out, int64_t out_stride, bool add) {
   constexpr int W = Vec<C>::width;
   PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-    PYFUSE_UNROLL for (int v = 0; v < NV; ++v) {
+    PYFUSE_UNROLL for (int v = 0; v < nv; ++v) {
       C* to = out + r * out_stride + v * W;
       store(to, add ? load(to) + acc[r][v] : acc[r][v]);
     }
   }
 }
 
-// out[r][0..NV·W) = Σ_j rows[r][j] · panel[j][0..NV·W), r < 6. The strides are in elements.
-template <class C, class P>
+// out[r][0..nv·W) = Σ_j rows[r][j] · panel[j][0..nv·W), r < 6. The strides are in elements. nv < NV
+// serves the edge of what is wanted of a panel.
+template <int nv = NV, class C, class P>
 inline void multiply_panel(const C* rows, int64_t row_stride, const P* panel, int64_t panel_stride,
                            int64_t length, C* out, int64_t out_stride, bool add = false) {
   typedef typename Vec<C>::type V;
   constexpr int W = Vec<C>::width;
-  V acc[MR][NV] = {};
+  V acc[MR][nv] = {};
   for (int64_t j = 0; j < length; ++j) {
-    V b[NV];
-    PYFUSE_UNROLL for (int v = 0; v < NV; ++v) b[v] = load(panel + j * panel_stride + v * W);
+    V b[nv];
+    PYFUSE_UNROLL for (int v = 0; v < nv; ++v) b[v] = load(panel + j * panel_stride + v * W);
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       const V a = splat(rows[r * row_stride + j]);
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] += a * b[v];
+      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] += a * b[v];
     }
   }
   put_tile(acc, out, out_stride, add);
@@ -54,18 +55,19 @@ PYFUSE_INLINE __m512bh broadcast_pair(const bf16* pair) {
 PYFUSE_INLINE __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
 
 typedef bf16 pair_row;
+template <int nv = NV>
 inline void multiply_pairs(const bf16* rows, int64_t row_stride, const bf16* panel,
                            int64_t panel_stride, int64_t pairs, float* out, int64_t out_stride,
                            bool add = false) {
   constexpr int W = 16;
-  vfloat acc[MR][NV] = {};
+  vfloat acc[MR][nv] = {};
   for (int64_t j = 0; j < pairs; ++j) {
-    __m512bh b[NV];
-    PYFUSE_UNROLL for (int v = 0; v < NV; ++v) b[v] =
+    __m512bh b[nv];
+    PYFUSE_UNROLL for (int v = 0; v < nv; ++v) b[v] =
         load_pairs(panel + 2 * (j * panel_stride + v * W));
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       const __m512bh a = broadcast_pair(rows + r * row_stride + 2 * j);
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) acc[r][v] =
+      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) acc[r][v] =
           (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], a, b[v]);
     }
   }
@@ -73,14 +75,15 @@ inline void multiply_pairs(const bf16* rows, int64_t row_stride, const bf16* pan
 }
 #else
 typedef float pair_row;
+template <int nv = NV>
 inline void multiply_pairs(const float* rows, int64_t row_stride, const bf16* panel,
                            int64_t panel_stride, int64_t pairs, float* out, int64_t out_stride,
                            bool add = false) {
   constexpr int W = Vec<float>::width;
-  vfloat acc[MR][NV] = {};
+  vfloat acc[MR][nv] = {};
   for (int64_t j = 0; j < pairs; ++j) {
-    vfloat even[NV], odd[NV];
-    PYFUSE_UNROLL for (int v = 0; v < NV; ++v) {
+    vfloat even[nv], odd[nv];
+    PYFUSE_UNROLL for (int v = 0; v < nv; ++v) {
       vuint both;
       memcpy(&both, panel + 2 * (j * panel_stride + v * W), sizeof both);
       even[v] = (vfloat)(both << 16);
@@ -89,7 +92,7 @@ inline void multiply_pairs(const float* rows, int64_t row_stride, const bf16* pa
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
       const vfloat a = splat(rows[r * row_stride + 2 * j]),
                    b = splat(rows[r * row_stride + 2 * j + 1]);
-      PYFUSE_UNROLL for (int v = 0; v < NV; ++v) {
+      PYFUSE_UNROLL for (int v = 0; v < nv; ++v) {
         acc[r][v] += a * even[v];
         acc[r][v] += b * odd[v];
       }

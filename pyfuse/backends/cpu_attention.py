@@ -1,4 +1,4 @@
-"""Attention on the CPU kernels: what they take, and the call."""
+"""Attention on the CPU kernels, padded and packed: what they take, and the call."""
 
 from __future__ import annotations
 
@@ -9,26 +9,110 @@ from torch import Tensor
 
 from pyfuse.backends.cpu_module import DTYPE, module, why_not_on_cpu
 
-_NO_MASK: tuple[int, None, int] = (0, None, 0)
-
 
 def why_not_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout_p: float = 0.0, **_: Any
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **_: Any
 ) -> str | None:
     if q.device.type != "cpu":
         return why_not_on_cpu(q)
-    if dropout_p > 0.0:
-        return "dropout is not in the kernels yet"
     if q.dtype not in DTYPE:
         return f"dtype {q.dtype} is none of float32, bfloat16, float16, float64"
-    if q.shape[3] == 0 or v.shape[3] == 0:
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
         return "a head size of 0 leaves nothing to compute"
     if mask is not None and mask.dtype != torch.bool and mask.dtype not in DTYPE:
         return f"mask dtype {mask.dtype} is none of bool, float32, bfloat16, float16, float64"
     return None
 
 
-def _empty_like_q(q: Tensor, dv: int) -> Tensor:
+def why_not_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **_: Any
+) -> str | None:
+    return why_not_attention(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.attention."""
+    lse = q.new_empty(q.shape[:3], dtype=lse_dtype(q)) if options["return_lse"] else None
+    o = attention_into(lse, q, k, v, options)
+    return o if lse is None else (o, lse)
+
+
+def attention_into(
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """o; writes lse [B, Hq, M], float32 or float64, where one is given."""
+    o = empty_like_q(q, v.shape[3])
+    if o.numel() > 0:
+        arguments, _alive = call_arguments(q, k, v, o, lse, padded_sizes(q, k, v), **options)
+        module().attention(arguments)
+    return o
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.varlen_attention. ValueError also for bounds that do not fit q or k."""
+    rows, heads, _ = q.shape
+    lse = q.new_empty((heads, rows), dtype=lse_dtype(q)) if options["return_lse"] else None
+    o = varlen_attention_into(lse, q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    return o if lse is None else (o, lse)
+
+
+def varlen_attention_into(
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """o; writes lse [Hq, T], float32 or float64, where one is given."""
+    rows, heads, _ = q.shape
+    o = q.new_empty((rows, heads, v.shape[2]))
+    bounds = few(cu_seqlens_q, torch.int64), few(cu_seqlens_k, torch.int64)
+    sizes = packed_sizes(q, k, v, cu_seqlens_q)
+    arguments, _alive = call_arguments(q, k, v, o, lse, sizes, **options)
+    module().varlen_attention(arguments, *map(address, bounds))
+    for outside in rows_outside(cu_seqlens_q, rows):
+        o[outside] = 0.0
+        if lse is not None:
+            sinks = options["sinks"]
+            lse[:, outside] = -torch.inf if sinks is None else sinks.to(lse.dtype)[:, None]
+    return o
+
+
+# What the kernels are told ------------------------------------------------------------------------
+
+Sizes = tuple[int, int, int, int, int, int, int]  # B, Hq, Hk, M, N, D, Dv
+
+
+def padded_sizes(q: Tensor, k: Tensor, v: Tensor) -> Sizes:
+    batch, heads, rows, d = q.shape
+    return batch, heads, k.shape[1], rows, k.shape[2], d, v.shape[3]
+
+
+def packed_sizes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Sizes:
+    """M and N are here the rows of all sequences together."""
+    rows, heads, d = q.shape
+    return cu_seqlens.shape[0] - 1, heads, k.shape[1], rows, k.shape[0], d, v.shape[2]
+
+
+def rows_outside(cu_seqlens: Tensor, rows: int) -> list[slice]:
+    """The rows that belong to no sequence: before the first and after the last."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    return [part for part in (slice(0, first), slice(last, rows)) if part.start < part.stop]
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def empty_like_q(q: Tensor, dv: int) -> Tensor:
     """o in the memory order of q: a [B, M, H, D] view gives a [B, M, H, Dv] view, so nothing is copied later."""
     batch, heads, rows, _ = q.shape
     if q.stride(1) < q.stride(2):
@@ -36,82 +120,62 @@ def _empty_like_q(q: Tensor, dv: int) -> Tensor:
     return q.new_empty((batch, heads, rows, dv))
 
 
-def _edges(causal: bool, window: tuple[int, int] | None) -> tuple[int, int]:
-    """(left, right) keys around the aligned diagonal, -1 for all."""
-    left, right = (-1, -1) if window is None else window
-    return left, 0 if causal else right
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
-def _mask_arguments(mask: Tensor | None, sizes: tuple[int, ...]) -> tuple[int, Any, int]:
-    if mask is None:
-        return _NO_MASK
-    batch, heads, _, rows, keys, *_rest = sizes
-    expanded = mask.expand(
-        batch, heads, rows, keys
-    )  # zero strides where broadcast; nothing is copied
-    code = -1 if mask.dtype == torch.bool else DTYPE[mask.dtype]
-    return expanded.data_ptr(), expanded.stride(), code
+def strides(t: Tensor | None) -> tuple[int, ...]:
+    """Of batch, head and row; a packed tensor [T, H, D] has no batch."""
+    if t is None:
+        return (0, 0, 0)
+    return t.stride() if t.ndim == 4 else (0, t.stride(1), t.stride(0))
 
 
-def attention(
+def lse_strides(t: Tensor | None) -> tuple[int, ...]:
+    """Of batch and head in [B, Hq, M] or [Hq, T]."""
+    if t is None:
+        return (0, 0)
+    return t.stride() if t.ndim == 3 else (0, t.stride(0))
+
+
+def few(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A few numbers (one for each head or sequence) as the kernels read them."""
+    return None if t is None else t.to(dtype).contiguous()
+
+
+def call_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    sizes: Sizes,
     *,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    window: tuple[int, int] | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    return_lse: bool,
     seqlens_k: Tensor | None = None,
+    mask: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-    scale: float = 1.0,
-    return_lse: bool = False,
-    align_to_seqlens: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.attention. align_to_seqlens: as in pyfuse.decode_attention."""
-    batch, heads, rows, d = q.shape
-    sizes = (batch, heads, k.shape[1], rows, k.shape[2], d, v.shape[3])
-    o = _empty_like_q(q, v.shape[3])
-    lse = None
-    if return_lse:
-        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = q.new_empty((batch, heads, rows), dtype=lse_dtype)
-    # The kernel reads these three as int64 and float32, contiguous: a few numbers each.
-    lengths = None if seqlens_k is None else seqlens_k.to(torch.int64).contiguous()
-    sink = None if sinks is None else sinks.to(torch.float32).contiguous()
-    slope = None if alibi_slopes is None else alibi_slopes.to(torch.float32).contiguous()
-    left, right = _edges(causal, window)
-    if o.numel() > 0:
-        module().attention(
-            q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
-            o.data_ptr(), o.stride(), 0 if lse is None else lse.data_ptr(), sizes, DTYPE[q.dtype],
-            scale, softcap or 0.0, left, right,
-            0 if lengths is None else lengths.data_ptr(), 0 if sink is None else sink.data_ptr(),
-            0 if slope is None else slope.data_ptr(), torch.get_num_threads(), align_to_seqlens,
-            *_mask_arguments(mask, sizes),
-        )  # fmt: skip
-    return o if lse is None else (o, lse)
-
-
-def why_not_decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, *, block_table: Tensor | None = None, **_: Any
-) -> str | None:
-    if block_table is not None:
-        return "the kernels read a contiguous cache only, not a paged one"
-    return why_not_attention(q, k_cache, v_cache)
-
-
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    seqlens_k: Tensor,
-    block_table: None = None,
-    **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.decode_attention."""
-    return attention(q, k_cache, v_cache, seqlens_k=seqlens_k, align_to_seqlens=True, **options)
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The call in the order in which csrc/api/attention.cpp reads it, and tensors to keep until it is done."""
+    left, right = (-1, -1) if window is None else window
+    lengths, seed = few(seqlens_k, torch.int64), few(dropout_seed, torch.int64)
+    sink, slope = few(sinks, torch.float64), few(alibi_slopes, torch.float64)
+    arguments: tuple[Any, ...] = (
+        sizes, DTYPE[q.dtype], q.data_ptr(), strides(q), k.data_ptr(), strides(k), v.data_ptr(), strides(v),
+        o.data_ptr(), strides(o), address(lse), lse_strides(lse),
+        0 if lse is None else DTYPE[lse.dtype], scale, softcap or 0.0,
+        left, 0 if causal else right, address(lengths), address(sink), address(slope),
+        dropout_p, address(seed), torch.get_num_threads(), address(mask),
+    )  # fmt: skip
+    if mask is not None:
+        mask = mask.expand(sizes[0], sizes[1], sizes[3], sizes[4])  # zero strides where broadcast
+        code = -1 if mask.dtype == torch.bool else DTYPE[mask.dtype]
+        arguments = (*arguments, mask.stride(), code)
+    return arguments, (lengths, seed, sink, slope)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -36,7 +39,59 @@ def rope(
     inplace: bool = False,
 ) -> Tensor:
     """See pyfuse.rope."""
-    y = x if inplace else torch.empty_like(x)
+    return turn(x, x if inplace else torch.empty_like(x), cos, sin, layout, positions, False)
+
+
+def forward(
+    x: Tensor, cos: Tensor, sin: Tensor, **options: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return rope(x, cos, sin, **options), ()
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    tensors: tuple[Tensor, Tensor, Tensor],
+    options: dict[str, Any],
+    saved: tuple[Tensor, ...],
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """dx = dy turned back by the same angles."""
+    (dy,), (x, cos, sin) = grads, tensors
+    dx = torch.empty_like(x)
+    if dy is None:
+        return {"x": dx.zero_()}
+    if dy.stride(-1) != 1:
+        dy = dy.contiguous()
+    return {"x": turn(dy, dx, cos, sin, options["layout"], options["positions"], True)}
+
+
+def why_not_backward(
+    needs: frozenset[str],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str,
+    positions: Tensor | None = None,
+    inplace: bool = False,
+) -> str | None:
+    if not needs <= {"x"}:
+        return "the kernel has no gradient of cos and sin"
+    if inplace:
+        return "inplace overwrites x"
+    return None
+
+
+def turn(
+    x: Tensor,
+    y: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    layout: str,
+    positions: Tensor | None,
+    inverse: bool,
+) -> Tensor:
+    """x rotated by its tokens' angles, or back by them, into y."""
     if sin.stride() != cos.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     batch_stride = cos.stride(0) if cos.ndim == 3 else 0
@@ -61,6 +116,7 @@ def rope(
         DTYPE[x.dtype],
         DTYPE[cos.dtype],
         layout == "interleaved",
+        inverse,
         torch.get_num_threads(),
     )
     return y

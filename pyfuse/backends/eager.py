@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyfuse.backends import eager_attention, eager_norm, eager_position
+from pyfuse.backends import eager_attention, eager_decode, eager_norm, eager_position
 from pyfuse.dispatch import Impl
 
 
@@ -22,7 +22,7 @@ def _takes_everything(*_: Any, **__: Any) -> str | None:
 _FORMULAS = (
     eager_attention.attention,
     eager_attention.varlen_attention,
-    eager_attention.decode_attention,
+    eager_decode.decode_attention,
     eager_norm.layer_norm,
     eager_norm.rms_norm,
     eager_position.rope,

@@ -42,7 +42,7 @@ def attention(
     conditions = masks.in_band(positions, causal, window)
     if seqlens_k is not None:
         conditions.append(masks.before(positions, seqlens_k))
-    steps = _score_steps(softcap, alibi_slopes, positions)
+    steps = score_steps(softcap, alibi_slopes, positions)
     if mask is not None:
         mask = masks.four_dims(mask)
         conditions.append(masks.allowed_by(mask))
@@ -53,7 +53,7 @@ def attention(
         shape = (*q.shape[:3], k.shape[2])
         keep = dropout_mask(_required(dropout_seed), shape, dropout_p, q.device)
         dropout = Dropout(keep, dropout_p)
-    return _attend(
+    return attend(
         q,
         k,
         v,
@@ -97,10 +97,10 @@ def varlen_attention(
         head = torch.arange(q.shape[1], device=q.device)[:, None, None]
         index = (sequence.clamp(min=0), head, q_rows.place[:, None], k_rows.place)
         dropout = Dropout(keep_mask(_required(dropout_seed), index, dropout_p), dropout_p)
-    result = _attend(
+    result = attend(
         *(x.transpose(0, 1)[None] for x in (q, k, v)),
         visible=masks.all_of(conditions),
-        steps=_score_steps(softcap, alibi_slopes, positions),
+        steps=score_steps(softcap, alibi_slopes, positions),
         sinks=sinks,
         dropout=dropout,
         scale=scale,
@@ -111,62 +111,17 @@ def varlen_attention(
     return result[0].transpose(0, 1)
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    seqlens_k: Tensor,
-    block_table: Tensor | None = None,
-    causal: bool = True,
-    window: tuple[int, int] | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> Output:
-    """See pyfuse.decode_attention."""
-    if block_table is not None:
-        k_cache = _gather_pages(k_cache, block_table, seqlens_k)
-        v_cache = _gather_pages(v_cache, block_table, seqlens_k)
-    positions = masks.aligned_positions(q.shape[2], k_cache.shape[2], q.device, seqlens_k)
-    conditions = [*masks.in_band(positions, causal, window), masks.before(positions, seqlens_k)]
-    return _attend(
-        q,
-        k_cache,
-        v_cache,
-        visible=masks.all_of(conditions),
-        steps=_score_steps(softcap, alibi_slopes, positions),
-        sinks=sinks,
-        dropout=None,
-        scale=scale,
-        return_lse=return_lse,
-    )
-
-
 def _required(seed: Tensor | None) -> Tensor:
     if seed is None:
         raise ValueError("dropout_seed: got None, but dropout_p > 0 needs int64 (seed, offset)")
     return seed
 
 
-def _gather_pages(cache: Tensor, block_table: Tensor, seqlens_k: Tensor) -> Tensor:
-    """[pages, Hk, page_size, D] -> [B, Hk, N, D], N = pages_per_seq · page_size."""
-    _, heads, page_size, d = cache.shape
-    batch, pages_per_seq = block_table.shape
-    first_key = torch.arange(pages_per_seq, device=cache.device) * page_size
-    # A table is filled only as far as its sequence goes: beyond, any entry is allowed.
-    used = first_key < seqlens_k[:, None]
-    pages = cache[torch.where(used, block_table, 0).to(torch.int64)]
-    return pages.transpose(1, 2).reshape(batch, heads, pages_per_seq * page_size, d)
-
-
 def _adding(bias: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda s: s + bias
 
 
-def _score_steps(
+def score_steps(
     softcap: float | None, alibi_slopes: Tensor | None, positions: masks.Positions
 ) -> ScoreSteps:
     """What happens to the scaled scores s [B, Hq, M, N], in order, before any bias and the mask."""
@@ -187,7 +142,7 @@ class Dropout(NamedTuple):
     p: float
 
 
-def _attend(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -1,4 +1,4 @@
-"""Rotary embedding, sinusoids, the embedding sum in plain torch: the oracle and the gradient."""
+"""Rotary embedding, the embedding sum in plain torch: the oracle and the gradient."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyfuse.backends.eager_norm import accumulate_dtype, dropout
+from pyfuse.sinusoids import sinusoids
 
 
 def rope(
@@ -42,19 +43,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2)
 
 
-def sinusoids(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> Tensor:
-    """See pyfuse.sinusoidal_encoding. Angles in float64: float32 is off by 4e-3 at position 1e5."""
-    columns = torch.arange(dim, device=positions.device)
-    pair = (columns - columns % 2).double()  # 0 0 2 2 4 4 ...
-    angles = positions.double().unsqueeze(-1) * base ** (-pair / max(dim, 1))
-    return torch.where(columns % 2 == 0, angles.sin(), angles.cos()).to(dtype)
-
-
 def embed(
     token_ids: Tensor,
     weight: Tensor,
     *,
-    position_weight: Tensor | str | None = None,
+    position_weight: Tensor | None = None,
+    sinusoidal: bool = False,
     positions: Tensor | None = None,
     segment_ids: Tensor | None = None,
     segment_weight: Tensor | None = None,
@@ -64,18 +58,18 @@ def embed(
     eps: float = 1e-5,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """See pyfuse.embed. Everything in float32 or wider, rounded once."""
     acc = accumulate_dtype(weight.dtype)
     d = weight.shape[-1]
-    e = F.embedding(token_ids, weight).to(acc) * scale
-    if position_weight is not None:
-        if positions is None:
-            positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
-        if isinstance(position_weight, Tensor):
-            e = e + F.embedding(positions, position_weight).to(acc)
-        else:
-            e = e + sinusoids(positions, d, 10000.0, acc)
+    e = F.embedding(token_ids, weight, sparse=sparse).to(acc) * scale
+    if positions is None:
+        positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
+    if sinusoidal:
+        e = e + sinusoids(positions, d, 10000.0, acc)
+    elif position_weight is not None:
+        e = e + F.embedding(positions, position_weight).to(acc)
     if segment_ids is not None and segment_weight is not None:
         e = e + F.embedding(segment_ids, segment_weight).to(acc)
     if norm_weight is not None:

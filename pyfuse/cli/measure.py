@@ -97,11 +97,23 @@ def decode_ms(
 
 
 def encode_ms(
-    models: Models, *, batch: int = 32, tokens: int = 256, rounds: int, budget: float | None = None
+    models: Models,
+    *,
+    batch: int = 32,
+    tokens: int = 256,
+    real: float = 1.0,
+    rounds: int,
+    budget: float | None = None,
 ) -> Milliseconds:
-    """Milliseconds to embed a batch of full-length sentences (encoder and mean pooling)."""
+    """Milliseconds to embed a batch of sentences (encoder and mean pooling).
+
+    real: the share of the positions [batch, tokens] that are no padding. Below 1 the longest
+    sentence has all `tokens`, and the lengths of the others are spread evenly.
+    """
     ids = random_tokens(_any(models), batch, tokens)
-    mask = torch.ones_like(ids)
+    mask = right_padding(batch, tokens, real)
+    if real < 1.0:
+        ids = ids.masked_fill(mask == 0, _any(models).config.pad_token_id)  # type: ignore[union-attr, arg-type]
 
     def work(model: torch.nn.Module) -> Callable[[], object]:
         def embed() -> object:
@@ -112,6 +124,18 @@ def encode_ms(
 
     runs = {label: stopwatch(work(model)) for label, model in models.items()}
     return _milliseconds(interleave(runs, rounds, budget=budget))
+
+
+def right_padding(batch: int, tokens: int, real: float) -> torch.Tensor:
+    """[batch, tokens] attention mask: lengths from `tokens` evenly down, `real * tokens` on average.
+
+    ValueError: real is not above 0.5, where the shortest would have no token.
+    """
+    if not 0.5 < real <= 1.0:
+        raise ValueError(f"real: got {real}, needs a share above 0.5 and up to 1")
+    shortest = (2.0 * real - 1.0) * tokens
+    lengths = torch.linspace(tokens, shortest, batch).round().clamp(min=1)
+    return (torch.arange(tokens) < lengths[:, None]).long()
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,10 @@ from transformers.integrations.sdpa_attention import (
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import output_capturing
 
+from pyfuse.hf.guards import is_tracing
 from pyfuse.hf.masks import CompactMask
-from pyfuse.ops.attention import attention
+from pyfuse.hf.packing import PackedMask
+from pyfuse.ops.attention import attention, varlen_attention
 
 # What models pass along that no attention function uses. Any other argument that is set may change
 # the result: the call then goes to the stock function, which does with it what it did before.
@@ -44,6 +46,7 @@ IGNORED = frozenset(
     ]
 )
 NAMES = ("pyfuse", "pyfuse-eager")  # the second: stock for this model is its own eager attention
+Mask = CompactMask | PackedMask | Tensor | None
 Result = tuple[Tensor, Tensor | None]
 
 
@@ -52,7 +55,7 @@ def pyfuse_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: CompactMask | Tensor | None,
+    attention_mask: Mask,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
@@ -64,9 +67,10 @@ def pyfuse_attention(
     """softmax(scaling · query keyᵀ + bias, over what the mask allows) value, and None for weights.
 
     query [B, Hq, M, D], key [B, Hk, N, D], value [B, Hk, N, Dv], as models call it; the result is
-    [B, M, Hq, Dv], contiguous. attention_mask: from :func:`pyfuse.hf.masks.pyfuse_mask`, or the
-    user's own 4-D tensor. As with stock sdpa the mask is the whole truth about the window
-    (``sliding_window`` is only a hint), and None means causal where the module is.
+    [B, M, Hq, Dv], contiguous. attention_mask: from :func:`pyfuse.hf.masks.pyfuse_mask`, or a
+    PackedMask (B is 1), or the user's own 4-D tensor. As with stock sdpa the mask is the whole
+    truth about the window (``sliding_window`` is only a hint), and None means causal where the
+    module is.
     """
     if (
         dropout
@@ -97,6 +101,8 @@ def pyfuse_attention(
         out = _with_compact(
             query, key, value, attention_mask, position_bias, softcap, s_aux, scaling
         )
+    elif type(attention_mask) is PackedMask and position_bias is None:
+        out = _with_packed(query, key, value, attention_mask, softcap, s_aux, scaling)
     elif isinstance(attention_mask, Tensor):
         if position_bias is not None:
             attention_mask = create_position_bias_mask(
@@ -135,6 +141,27 @@ def _with_compact(
         query, key, value, mask=key_mask, causal=mask.causal, window=mask.window, softcap=softcap,
         sinks=sinks, seqlens_k=mask.seqlens_k, scale=scale,
     )  # fmt: skip
+
+
+def _with_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PackedMask,
+    softcap: float | None,
+    sinks: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """query, key, value [1, H, T, D]"""
+    packing = mask.packing
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if packing.key_rows is not None:
+        k, v = k.index_select(0, packing.key_rows), v.index_select(0, packing.key_rows)
+    out: Tensor = varlen_attention(
+        q, k, v, packing.cu_queries, packing.cu_keys, window=mask.window, softcap=softcap,
+        sinks=sinks, scale=scale,
+    )  # fmt: skip
+    return out[None].transpose(1, 2)
 
 
 def _needs_stock(kwargs: dict[str, Any]) -> bool:
@@ -177,12 +204,12 @@ def _gradient_wanted(*tensors: Any) -> bool:
 
 
 def _plain_call(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """One dtype and batch size (learned queries broadcast), no autocast, no weights recorded."""
+    """One dtype and batch size (learned queries broadcast), no autocast, nothing recorded."""
     if not (query.dtype == key.dtype == value.dtype and query.shape[0] == key.shape[0]):
         return False
     if torch.compiler.is_compiling():
         return True
-    return not torch._C._is_any_autocast_enabled() and not _weights_recorded()
+    return not (torch._C._is_any_autocast_enabled() or is_tracing() or _weights_recorded())
 
 
 def _weights_recorded() -> bool:
@@ -196,7 +223,7 @@ def stock(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: CompactMask | Tensor | None,
+    attention_mask: Mask,
     dropout: float,
     scaling: float | None,
     options: dict[str, Any],
@@ -207,7 +234,9 @@ def stock(
     eager = recording or module.config._attn_implementation == "pyfuse-eager"  # type: ignore[union-attr]
     if not eager:
         dense = (
-            attention_mask.dense() if isinstance(attention_mask, CompactMask) else attention_mask
+            attention_mask
+            if attention_mask is None or isinstance(attention_mask, Tensor)
+            else attention_mask.dense()
         )
         return sdpa_attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **options
@@ -234,11 +263,11 @@ def _additive(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    mask: CompactMask | Tensor | None,
+    mask: Mask,
     is_causal: bool | None,
 ) -> Tensor | None:
     """The float mask of eager attention, from whatever the mask function gave."""
-    if isinstance(mask, CompactMask):
+    if isinstance(mask, CompactMask | PackedMask):
         return mask.additive(query.dtype)
     lowest = torch.finfo(query.dtype).min
     rows, keys = query.shape[2], key.shape[2]

@@ -15,6 +15,7 @@ from pyfuse import ops
 from pyfuse.dispatch import explain
 from pyfuse.hf import cache
 from pyfuse.hf.attention import NAMES
+from pyfuse.hf.encoders import patch_encoders
 from pyfuse.hf.patches import patch_modules
 from pyfuse.hf.receipt import Receipt, Tally
 from pyfuse.hf.state import (
@@ -36,6 +37,7 @@ def accelerate(
     *,
     dtype: torch.dtype | None = None,
     linear: Literal["auto"] | bool = "auto",
+    unpad: Literal["auto"] | bool = "auto",
     verify: bool = True,
 ) -> Receipt:
     """Put pyfuse's kernels into this live Hugging Face model; the :class:`Receipt` says how.
@@ -52,13 +54,21 @@ def accelerate(
       the model wants kept in float32 stays. undo() brings the original tensors back.
     linear: "auto" packs a linear layer's weight where a calibration on this machine shows that it
       is faster; True does the same and raises where none is; False leaves linear layers alone.
+    unpad: let an encoder (BERT, RoBERTa, DistilBERT, ModernBERT and kin) compute, of a batch with
+      padding, the tokens only. At the padding (attention_mask 0 and the padding token, not first
+      in its row) last_hidden_state is then zero, where stock has values that pooling masks out;
+      everywhere else it is stock's, within the accuracy rule. "auto" does so where the padding is
+      nobody's business: in a model without a head, and under transformers' heads that classify
+      sequences or single tokens. True does it under any head, and raises where the encoder cannot;
+      False never. Calls in training, with gradients, autocast or torch.compile, for hidden_states
+      or attentions, by inputs_embeds, or with hooks inside the encoder are not unpadded.
     verify: compare the logits with the stock model's and with a float64 truth, on batches without
       padding, with right and with left padding, and measure the speed. False skips all of this.
     TypeError: no PreTrainedModel. ValueError: accelerated already (undo() first), nothing to patch,
     or no probe batch can be made for this kind of model (pass verify=False). AccuracyError: past
     the accuracy rule. After an error the model is as before.
     """
-    _check(model, dtype, linear)
+    _check(model, dtype, linear, unpad)
     tally = Tally()
     try:
         notes = _own_configs(model)
@@ -68,6 +78,7 @@ def accelerate(
         _patch_attention(model, tally, blocked.get("attention"))
         patch_modules(model, tally, blocked, linear is not False)
         _patch_cache(model, tally)
+        notes += patch_encoders(model, tally, blocked.get("packed attention"), unpad)
         _require_something(model, tally, linear)
         receipt = Receipt(
             model,
@@ -91,15 +102,16 @@ def undo(model: nn.Module) -> None:
     remove(model)
 
 
-def _check(model: Any, dtype: Any, linear: Any) -> None:
+def _check(model: Any, dtype: Any, linear: Any, unpad: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: got {type(model).__name__}, needs a transformers.PreTrainedModel")
     if dtype is not None and dtype not in FLOATING:
         raise ValueError(
             f"dtype: got {dtype}, needs None or one of {', '.join(map(str, FLOATING))}"
         )
-    if linear not in ("auto", True, False):
-        raise ValueError(f"linear: got {linear!r}, needs 'auto', True or False")
+    for name, value in (("linear", linear), ("unpad", unpad)):
+        if value not in ("auto", True, False):
+            raise ValueError(f"{name}: got {value!r}, needs 'auto', True or False")
     for path, _module, _state in patched_modules(model):
         raise ValueError(
             f"model: {path or type(model).__name__} is accelerated already; "
@@ -156,12 +168,14 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def _objections(model: PreTrainedModel) -> dict[str, str]:
-    """For "attention", "norm" and "rope": why only plain torch, no kernel, could run them here."""
+    """For each kind of operation, by name: why only plain torch, no kernel, could run them here."""
     device, dtype = model.device, model.dtype
     x = torch.zeros((1, 2, 2, 8), device=device, dtype=dtype)
     table, weight = x[0, 0, :, :4], x[0, 0, 0]
+    bounds = torch.tensor([0, 2], dtype=torch.int32, device=device)
     calls: dict[str, tuple[Any, ...]] = {
         "attention": (ops.attention, x, x, x),
+        "packed attention": (ops.varlen_attention, x[0], x[0], x[0], bounds, bounds),
         "norm": (ops.rms_norm, x, weight),
         "rope": (ops.rope, x, table, table),
     }

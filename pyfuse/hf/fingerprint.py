@@ -18,14 +18,20 @@ from typing import Any
 
 
 @cache
-def fingerprint(function: Callable[..., Any]) -> str | None:
-    """A hash of the parameters' names and of the body; None: no source, or a decorator."""
+def fingerprint(function: Callable[..., Any], decorated: bool = False) -> str | None:
+    """A hash of the parameters' names and of the body; None: no source, or a decorator.
+
+    decorated: decorators do no harm where the method itself is called; their names are hashed too.
+    """
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):  # no source file: a frozen or interactive class
         return None
     definition = ast.parse(source).body[0]
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list:
+    if not isinstance(definition, ast.FunctionDef):
+        return None
+    decorators = [f"@{ast.unparse(d)}" for d in definition.decorator_list]
+    if decorators and not decorated:
         return None  # a decorator may do anything
     body = definition.body
     if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
@@ -35,7 +41,9 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
         for a in (*definition.args.posonlyargs, *definition.args.args, *definition.args.kwonlyargs)
     ]
     code = _without_comments(source).splitlines()[body[0].lineno - 1 :] if body else []
-    text = "\n".join([",".join(names), *(line.rstrip() for line in code if line.strip())])
+    text = "\n".join(
+        [*decorators, ",".join(names), *(line.rstrip() for line in code if line.strip())]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

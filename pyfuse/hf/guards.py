@@ -9,6 +9,7 @@ from torch.nn.modules import module as module_hooks
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _is_compiling = torch.compiler.is_compiling
+is_tracing = torch._C._is_tracing  # by torch.jit.trace, which sees no call of a kernel
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
@@ -27,6 +28,7 @@ def values_only(x: Tensor, *parameters: Tensor | None) -> bool:
         return False
     return (
         _len_torch_dispatch_stack() == 0
+        and not is_tracing()
         and not _are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )

@@ -27,19 +27,24 @@ COMPACT_MODELS = frozenset(
     [
         "bart",
         "bert",
+        "camembert",
+        "data2vec-text",
         "distilbert",
         "electra",
+        "ernie",
         "gpt2",
         "gpt_neox",
         "llama",
         "marian",
         "mbart",
         "mistral",
+        "modernbert",
         "mt5",
         "phi3",
         "qwen2",
         "qwen3",
         "roberta",
+        "roberta-prelayernorm",
         "smollm3",
         "t5",
         "xlm-roberta",
@@ -61,6 +66,7 @@ class CompactMask:
         "key_mask",
         "keys",
         "kv_length",
+        "padding",
         "seqlens_k",
         "window",
     )
@@ -77,6 +83,7 @@ class CompactMask:
         self.window = window
         self.keys = keys
         self.kv_length: int = arguments["kv_length"]
+        self.padding = padding  # [B, keys] bool, False where hidden; None: no padding
         self.seqlens_k: Tensor | None = None  # [B]: pure right padding
         self.key_mask: Tensor | None = None  # [B, 1, 1, keys] bool: any other padding
         if padding is not None:

@@ -49,9 +49,12 @@ def rebound_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
     original = forward.__globals__.get(NAME)
     if original is None or not _rotates_halves(original):
         return None
+    # Without a __name__: a compiler would look up the names of a module's functions in that module.
+    scope = {**forward.__globals__, NAME: fused_rotation(original)}
+    del scope["__name__"]
     copied = FunctionType(
         forward.__code__,
-        {**forward.__globals__, NAME: fused_rotation(original)},
+        scope,
         forward.__name__,
         forward.__defaults__,
         forward.__closure__,
@@ -59,6 +62,7 @@ def rebound_forward(cls: type[nn.Module]) -> Callable[..., Any] | None:
     copied.__kwdefaults__ = forward.__kwdefaults__
     copied.__annotations__ = forward.__annotations__
     copied.__doc__ = forward.__doc__
+    copied.__module__ = forward.__module__
     return copied
 
 

@@ -15,6 +15,13 @@ class NormSlot(NamedTuple):
     casting: str | None
 
 
+class UnpadSlot(NamedTuple):
+    """What a model that unpads runs on packed rows: the names of its children, all classes within."""
+
+    parts: tuple[str, ...]
+    known: frozenset[type]
+
+
 class LinearSlot:
     """The packed weight of one linear layer, and the weight that it was packed from.
 

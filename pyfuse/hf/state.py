@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyfuse.hf.slots import LinearSlot, NormSlot
+from pyfuse.hf.slots import LinearSlot, NormSlot, UnpadSlot
 
 ATTRIBUTE = "_pyfuse"
 
@@ -37,6 +37,7 @@ class State:
         self.enabled = True
         self.linear: LinearSlot | None = None
         self.norm: NormSlot | None = None
+        self.unpad: UnpadSlot | None = None
         self.activation: tuple[Any, str] | None = (
             None  # the module's activation object, its name in pyfuse
         )

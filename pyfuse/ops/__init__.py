@@ -1,6 +1,8 @@
 """The operations. Each file is one operation's specification: maths, shapes, dtypes, errors; then a call."""
 
-from pyfuse.ops.attention import attention, decode_attention, varlen_attention
+from pyfuse.ops import _library  # noqa: F401  an exported program that is loaded finds its operators
+from pyfuse.ops.attention import attention, varlen_attention
+from pyfuse.ops.decode import decode_attention
 from pyfuse.ops.embed import embed
 from pyfuse.ops.norm import layer_norm, rms_norm
 from pyfuse.ops.position import alibi_slopes, rope_frequencies, sinusoidal_encoding

@@ -10,6 +10,7 @@ from torch import Tensor
 Window = int | tuple[int | None, int | None] | None
 
 _LENGTHS = (torch.int32, torch.int64)
+_is_compiling = torch.compiler.is_compiling
 
 
 def check_heads(dims: dict[str, int], k_name: str = "k") -> None:
@@ -47,7 +48,7 @@ def resolve_scale(scale: float | None, d: int) -> float:
 
 
 def check_softcap(softcap: float) -> None:
-    if not (softcap > 0 and math.isfinite(softcap)):
+    if not 0.0 < softcap < math.inf:  # not math.isfinite: Dynamo has no symbolic one
         raise ValueError(f"softcap: got {softcap}, needs a finite number above 0 (None for no cap)")
 
 
@@ -85,6 +86,22 @@ def check_per_head(name: str, values: Tensor, q: Tensor, heads: int) -> None:
         raise TypeError(f"{name}: dtype {values.dtype}, needs q's {q.dtype} or torch.float32")
 
 
+def check_scores(
+    q: Tensor,
+    heads: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> None:
+    """What acts on the scores of any of the three."""
+    if softcap is not None:
+        check_softcap(softcap)
+    if sinks is not None:
+        check_per_head("sinks", sinks, q, heads)
+    if alibi_slopes is not None:
+        check_per_head("alibi_slopes", alibi_slopes, q, heads)
+
+
 def check_lengths(name: str, lengths: Tensor, q: Tensor, letter: str, size: int) -> None:
     """seqlens_k [B], or cu_seqlens [B+1]: int32 or int64."""
     _check_tensor(name, lengths, q)
@@ -95,23 +112,29 @@ def check_lengths(name: str, lengths: Tensor, q: Tensor, letter: str, size: int)
     check_integers(name, lengths)
 
 
-def check_capacity(lengths: Tensor, capacity: int) -> None:
-    """No sequence is longer than the cache; looked at only where that costs no device sync and no graph break."""
+def check_capacity(lengths: Tensor, capacity: int, new: int = 0) -> None:
+    """No sequence is longer than the cache, nor shorter than the `new` keys that it is said to include.
+
+    Looked at only where that costs no device sync and no graph break.
+    """
     if (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or type(lengths) is not Tensor
-        or lengths.device.type != "cpu"
+        or not lengths.is_cpu
         or torch._C._are_functorch_transforms_active()
-        or lengths.numel() == 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or lengths.shape[0] == 0
     ):
         return
-    low, high = (int(x) for x in lengths.aminmax())
+    values = lengths.tolist()  # two reductions would take longer than a short cache's attention
+    high, low = max(values), min(values)
     if high > capacity:
         raise ValueError(
             f"seqlens_k: a sequence has {high} keys, but the cache has room for {capacity}"
         )
-    if low < 0:
-        raise ValueError(f"seqlens_k: a sequence has {low} keys, needs 0 or more")
+    if low < new:
+        reason = f", the {new} of k_new included" if new else ""
+        raise ValueError(f"seqlens_k: a sequence has {low} keys, needs {new} or more{reason}")
 
 
 def check_integers(name: str, values: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Attention of queries over keys: whole batches, packed sequences, and a cache that grows."""
+"""Attention of queries over keys: whole batches and packed sequences."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyfuse import dispatch
 from pyfuse.ops import _attention_checks as check
+from pyfuse.ops._autocast import autocast_enabled, for_attention
 from pyfuse.ops._checks import bind_dims, require_floating, same_dtype_device, unit_last_stride
 from pyfuse.ops._random import draw_seed
 
@@ -46,7 +47,7 @@ def attention(
     B batch, Hq and Hk heads, M queries, N keys, D and Dv head sizes:
     q [B, Hq, M, D]; k [B, Hk, N, D]; v [B, Hk, N, Dv]: one dtype (float64, float32, bfloat16 or
       float16), one device, any strides that are 1 in the last dimension. Hq is a multiple of Hk:
-      query head h reads key head h // (Hq / Hk). Any size may be 0.
+      query head h reads key head h // (Hq / Hk). Any size may be 0. torch.autocast casts them.
     mask: broadcastable to [B, Hq, M, N], never expanded. bool: True where the query may attend.
       In q's dtype or float32: added (-inf hides), and differentiable. Other dtypes raise.
     causal: query i sees no key beyond i + N - M, so that the last query sees the last key.
@@ -71,6 +72,8 @@ def attention(
     and cannot do this.
     """
     dims = bind_dims(q=(q, "B Hq M D"), k=(k, "B Hk N D"), v=(v, "B Hk N Dv"))
+    if autocast_enabled():
+        q, k, v, mask, sinks, alibi_slopes = for_attention((q, k, v), mask, sinks, alibi_slopes)
     require_floating(q=q)
     same_dtype_device(q=q, k=k, v=v)
     unit_last_stride(q=q, k=k, v=v)
@@ -94,7 +97,7 @@ def attention(
         "scale": check.resolve_scale(scale, dims["D"]),
         "return_lse": return_lse,
     }
-    _check_scores(q, heads, softcap, sinks, alibi_slopes)
+    check.check_scores(q, heads, softcap, sinks, alibi_slopes)
     if dropout_p != 0.0:
         check.check_dropout(dropout_p)
         options["dropout_seed"] = draw_seed()
@@ -137,6 +140,8 @@ def varlen_attention(
         cu_seqlens_q=(cu_seqlens_q, "B+1"),
         cu_seqlens_k=(cu_seqlens_k, "B+1"),
     )
+    if autocast_enabled():
+        q, k, v, sinks, alibi_slopes = for_attention((q, k, v), sinks, alibi_slopes)
     require_floating(q=q)
     same_dtype_device(q=q, k=k, v=v)
     unit_last_stride(q=q, k=k, v=v)
@@ -145,7 +150,7 @@ def varlen_attention(
         raise ValueError("cu_seqlens_q: got no value, needs B + 1 of them (a 0 for no sequence)")
     check.check_lengths("cu_seqlens_q", cu_seqlens_q, q, "B+1", dims["B+1"])
     check.check_lengths("cu_seqlens_k", cu_seqlens_k, q, "B+1", dims["B+1"])
-    _check_scores(q, dims["Hq"], softcap, sinks, alibi_slopes)
+    check.check_scores(q, dims["Hq"], softcap, sinks, alibi_slopes)
     check.check_dropout(dropout_p)
     options = {
         "causal": causal,
@@ -160,80 +165,3 @@ def varlen_attention(
     }
     tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     return dispatch.run("varlen_attention", tensors, options, backend)
-
-
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    seqlens_k: Tensor,
-    block_table: Tensor | None = None,
-    causal: bool = True,
-    window: Window = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-) -> Any:
-    """`attention` of the newest M tokens of each sequence over a cache that holds them already.
-
-    q [B, Hq, M, D], M small. seqlens_k [B], int32 or int64: the keys in each sequence's cache, the
-      M new ones included. The last query stands on the last of them, seqlens_k[b] - 1: causal,
-      window and alibi_slopes count from there, where `attention` would count from N.
-    The cache is one of
-      contiguous: k_cache [B, Hk, N, D], v_cache [B, Hk, N, Dv], seqlens_k[b] <= N;
-      paged: k_cache [pages, Hk, page_size, D], v_cache [pages, Hk, page_size, Dv], block_table
-      [B, pages_per_seq], int32 or int64 (Kwon et al., arXiv:2309.06180): key j of sequence b lies
-      in page block_table[b, j // page_size]. Entries beyond a sequence's length are not used; that
-      the others are pages is not checked.
-
-    Everything else as in `attention`. Returns o [B, Hq, M, Dv], and with return_lse lse [B, Hq, M].
-    ValueError, beside those of `attention`: a sequence longer than the cache has room for, or of a
-    negative length (looked at where the lengths are in the CPU's memory; elsewhere it would be a sync).
-    """
-    cache = "B Hk N D" if block_table is None else "pages Hk page_size D"
-    dims = bind_dims(
-        q=(q, "B Hq M D"), k_cache=(k_cache, cache), v_cache=(v_cache, cache[:-1] + "Dv")
-    )
-    require_floating(q=q)
-    same_dtype_device(q=q, k_cache=k_cache, v_cache=v_cache)
-    unit_last_stride(q=q, k_cache=k_cache, v_cache=v_cache)
-    check.check_heads(dims, "k_cache")
-    check.check_lengths("seqlens_k", seqlens_k, q, "B", dims["B"])
-    capacity = k_cache.shape[2]
-    if block_table is not None:
-        check.check_block_table(block_table, q)
-        capacity *= block_table.shape[1]
-    check.check_capacity(seqlens_k, capacity)
-    _check_scores(q, dims["Hq"], softcap, sinks, alibi_slopes)
-    options = {
-        "seqlens_k": seqlens_k,
-        "block_table": block_table,
-        "causal": causal,
-        "window": check.resolve_window(window),
-        "softcap": softcap,
-        "sinks": sinks,
-        "alibi_slopes": alibi_slopes,
-        "scale": check.resolve_scale(scale, dims["D"]),
-        "return_lse": return_lse,
-    }
-    return dispatch.run("decode_attention", (q, k_cache, v_cache), options, backend)
-
-
-def _check_scores(
-    q: Tensor,
-    heads: int,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-) -> None:
-    """What acts on the scores of any of the three."""
-    if softcap is not None:
-        check.check_softcap(softcap)
-    if sinks is not None:
-        check.check_per_head("sinks", sinks, q, heads)
-    if alibi_slopes is not None:
-        check.check_per_head("alibi_slopes", alibi_slopes, q, heads)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfuse import dispatch
+from pyfuse.ops._autocast import autocast_enabled, for_tables
 from pyfuse.ops._random import draw_seed
 
 
@@ -24,6 +25,7 @@ def embed(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     dropout_p: float = 0.0,
+    sparse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """e = dropout(norm(scale · weight[token] + position row + segment row)).
@@ -37,8 +39,13 @@ def embed(
     segment_ids, like token_ids, and segment_weight [S, D]: both or neither (BERT's token types).
     norm_weight, norm_bias [D]: LayerNorm with eps after the sum; norm_weight None leaves it out.
     dropout_p: as in `layer_norm`, of the result.
+    sparse: the gradient of weight is a sparse COO tensor with a row for each token, as that of
+      torch.nn.functional.embedding, for torch.optim.SparseAdam and SGD.
     ValueError, TypeError: an argument that does not fit; IndexError: an id outside its table.
     """
+    if autocast_enabled():
+        tables = for_tables(weight, position_weight, segment_weight)
+        weight, position_weight, segment_weight = tables
     _check_ids("token_ids", token_ids, None)
     _check_table("weight", weight, None)
     _check_positions(token_ids, weight, position_weight, positions)
@@ -51,7 +58,8 @@ def embed(
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= dropout_p < 1, got {dropout_p}")
     options = {
-        "position_weight": position_weight,
+        "position_weight": position_weight if isinstance(position_weight, Tensor) else None,
+        "sinusoidal": isinstance(position_weight, str),
         "positions": positions,
         "segment_ids": segment_ids,
         "segment_weight": segment_weight,
@@ -61,6 +69,7 @@ def embed(
         "eps": eps,
         "dropout_p": dropout_p,
         "dropout_seed": draw_seed() if dropout_p > 0.0 else None,
+        "sparse": sparse,
     }
     return dispatch.run("embed", (token_ids, weight), options, backend)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfuse import dispatch
+from pyfuse.ops._autocast import autocast_enabled, for_residual
 from pyfuse.ops._random import draw_seed
 
 CASTINGS = ("llama", "gemma", "torch")
@@ -56,7 +57,8 @@ def layer_norm(
     weight, bias [D] or None (1 and 0), of any floating-point dtype, so that parameters kept in
       float32 serve x in bfloat16.
     residual: of x's shape, and of x's dtype or a wider one; z has its dtype (x's where there is
-      none). So a residual stream in float32 stays in float32.
+      none). So a residual stream in float32 stays in float32. Under torch.autocast a narrower one
+      is widened.
     prenorm: return (y, z) rather than y: z is the next block's residual.
     dropout_p: the share of x's elements set to 0 (the others are divided by 1 - dropout_p), with
       a seed from torch's default generator. Pass 0 outside training.
@@ -67,6 +69,8 @@ def layer_norm(
     ValueError, TypeError: a size, dtype or device that does not fit; NotImplementedError: a named
     backend that cannot do this.
     """
+    if autocast_enabled() and residual is not None:
+        residual = for_residual(x, residual)
     _check_norm(x, residual, eps, dropout_p)
     if weight is not None:
         _check_parameter("weight", weight, x)
@@ -125,6 +129,8 @@ def rms_norm(
       "gemma": y = ((1 + weight) · n).to(x.dtype). GemmaRMSNorm.
       "torch": y = (weight · n).to(x.dtype). torch.nn.RMSNorm.
     """
+    if autocast_enabled() and residual is not None:
+        residual = for_residual(x, residual)
     _check_norm(x, residual, eps, dropout_p)
     if weight is not None:
         _check_parameter("weight", weight, x)

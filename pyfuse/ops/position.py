@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfuse.backends.eager_position import sinusoids
+from pyfuse.sinusoids import sinusoids
 
 # What each rope_type needs and may have, beside the keys that every type may have.
 ROPE_KEYS: dict[str, tuple[frozenset[str], frozenset[str]]] = {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyfuse import dispatch
+from pyfuse.ops._autocast import autocast_enabled, for_rope
 
 LAYOUTS = ("half", "interleaved")
 
@@ -47,6 +48,8 @@ def rope(
         raise ValueError(f"x: expected 4 dimensions [B, H, M, D], got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if autocast_enabled():
+        cos, sin = for_rope(x, cos, sin)
     _check_tables(x, cos, sin, positions)
     if inplace:
         _check_inplace(x, cos, sin)
@@ -57,11 +60,12 @@ def rope(
 def _check_tables(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
     batch, _, rows, d = x.shape
     if positions is None:
-        fits = cos.shape[:-1] in ((rows,), (batch, rows))
+        lead = cos.shape[:-1]
+        fits = lead == (rows,) or lead == (batch, rows)
         needed = f"[{rows}, R/2] or [{batch}, {rows}, R/2]"
     else:
         fits, needed = cos.ndim == 2, "[P, R/2] beside positions"
-        if positions.shape not in ((rows,), (batch, rows)):
+        if positions.shape != (rows,) and positions.shape != (batch, rows):
             raise ValueError(
                 f"positions: expected shape ({rows},) or ({batch}, {rows}) for x of shape"
                 f" {tuple(x.shape)}, got {tuple(positions.shape)}"

@@ -17,10 +17,17 @@ enum class DType : int {
 struct AttentionParams {
   const void *q, *k, *v;
   void* o;
-  void* lse;  // [B, Hq, M] contiguous, float (double for f64), natural log; null: not wanted
+  void* lse;  // [B, Hq, M], natural log, unit stride in M; null: not wanted
   int64_t q_stride[3], k_stride[3], v_stride[3], o_stride[3];
+  int64_t lse_stride[2];  // batch, head
+  DType lse_dtype;        // f32 or f64
   int64_t batch, heads_q, heads_k, queries, keys, d, dv;
   DType dtype;
+
+  // Packed sequences: [B + 1] each, the first row of every sequence and the end; batch strides are
+  // 0 then, and queries and keys are those of the longest sequence. Null: all sequences are alike.
+  const int64_t *cu_seqlens_q, *cu_seqlens_k;
+  int64_t sequence;  // the index that dropout counts the first sequence as
 
   double scale;
   double softcap;            // 0: none
@@ -28,15 +35,42 @@ struct AttentionParams {
   int64_t window_right;      // keys to the right of it; 0: causal; -1: all
   const int64_t* seqlens_k;  // [B] or null
   bool align_to_seqlens;  // the last query stands on key seqlens_k[b] - 1, not on the last of all
-  const float* sinks;     // [Hq] or null
-  const float* alibi_slopes;  // [Hq] or null
+  const double* sinks;    // [Hq] or null
+  const double* alibi_slopes;  // [Hq] or null
 
   const void* mask;  // null: none
   bool mask_is_bool;
   DType mask_dtype;        // of an additive mask
   int64_t mask_stride[4];  // batch, head, query, key; 0 where broadcast
 
+  double dropout_p;             // 0: none
+  const int64_t* dropout_seed;  // (seed, offset)
+
   int threads;
+};
+
+// The gradients of attention. `call` is the call as it was, its o and lse being those it gave, lse
+// in f64: in float its rounding alone would cost the probabilities another ulp of log2(N).
+struct AttentionGradientParams {
+  AttentionParams call;
+  const void* d_o;     // [B, Hq, M, Dv]
+  const void* d_lse;   // [B, Hq, M], float (double for f64); null: nothing depends on lse
+  void *dq, *dk, *dv;  // as q, k, v; all three or none
+  int64_t do_stride[3], dlse_stride[2], dq_stride[3], dk_stride[3], dv_stride[3];
+  void* d_mask;  // contiguous, of the mask's own sizes (1 where broadcast) and dtype; null: not
+                 // wanted
+  int64_t mask_size[4];
+  double* d_sinks;         // [Hq]; null: not wanted
+  double* d_alibi_slopes;  // [Hq]; null: not wanted
+};
+
+// Attention of few queries over a cache. With a block_table the cache is in pages and k and v are
+// [pages, Hk, page_size, ...]: key j of sequence b lies in page block_table[b][j / page_size].
+struct DecodeParams : AttentionParams {
+  const void* block_table = nullptr;  // [B, pages of a sequence], int32 or int64; null: contiguous
+  bool table_is_64_bit = false;
+  int64_t table_stride[2] = {};
+  int64_t page_size = 1, pages = 0;
 };
 
 enum class NormKind : int { layer = 0, llama = 1, gemma = 2, torch = 3 };  // RMSNorm: by casting
@@ -70,7 +104,7 @@ struct NormParams : NormArguments {
 };
 
 // dz of what the norm read and of what it returned as z, summed; dx = dropout'(dz).
-struct NormBackwardParams : NormArguments {
+struct NormGradientParams : NormArguments {
   const void* z;   // as the forward wrote it; null: recomputed from x and residual
   const void* dy;  // of y_dtype
   const void* dz;  // of z_dtype; null: none
@@ -92,6 +126,54 @@ struct RopeParams {
   int64_t table_rows;
   DType dtype, table_dtype;
   bool interleaved;
+  bool inverse;  // by the negative angles: what the gradient of x needs
+  int threads;
+};
+
+// A table of rows and the row that each token takes of it.
+struct EmbedTable {
+  const void* weight;  // null: no such summand
+  int64_t row_stride, rows;
+  const int64_t* ids;  // token i takes row ids[i % id_count]; null: row i % id_count
+  int64_t id_count;
+};
+
+// y = dropout(norm(scale · token row + position row + segment row)).
+struct EmbedParams {
+  EmbedTable token, position, segment;
+  void* y;  // [tokens, d] contiguous
+  int64_t tokens, d;
+  DType dtype, position_dtype;  // position_dtype: dtype, or the one computed in
+  double scale;
+  const void *norm_weight, *norm_bias;  // of the dtype computed in; weight null: no norm
+  double eps;
+  void* statistics;             // [tokens, 2], mean and 1/deviation; null: not wanted
+  const int64_t* dropout_seed;  // null: no dropout
+  double dropout_p;
+  int threads;
+};
+
+// The gradient of y's sum and of the norm's parameters. y of `forward` is not looked at, and its
+// statistics are read.
+struct EmbedGradientParams {
+  EmbedParams forward;
+  const void* dy;
+  int64_t dy_stride;
+  void* dsum;   // [tokens, d] of the dtype computed in; null: not wanted
+  void* dnorm;  // [2, d] likewise: of the norm's weight, of its bias; null: not wanted
+};
+
+// y[v] = scale · the sum of the rows i with ids[i % id_count] = v, in their order; without ids
+// i % id_count = v.
+struct RowSumsParams {
+  const void* rows;
+  int64_t row_stride, count, d;
+  const int64_t* ids;
+  int64_t id_count;
+  void* y;  // [table_rows, d] contiguous
+  int64_t table_rows;
+  DType rows_dtype, dtype;  // rows_dtype: dtype, or the one computed in
+  double scale;
   int threads;
 };
 

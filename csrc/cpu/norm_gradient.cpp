@@ -66,7 +66,7 @@ struct Rows {
 };
 
 template <bool rms, int R, class C>
-PYFUSE_INLINE void read_rows(const NormBackwardParams& p, const Call<C>& call,
+PYFUSE_INLINE void read_rows(const NormGradientParams& p, const Call<C>& call,
                              const Scratch<C>& scratch, int64_t row, Rows<R, C>& rows) {
   const C count = static_cast<C>(p.d);
   PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
@@ -101,7 +101,7 @@ PYFUSE_INLINE void read_rows(const NormBackwardParams& p, const Call<C>& call,
 
 // The means over R rows; dy comes as Y and is left as C.
 template <bool rms, class Y, int R, class C>
-__attribute__((noinline)) void reduce_rows(const NormBackwardParams& p, int64_t row,
+__attribute__((noinline)) void reduce_rows(const NormGradientParams& p, int64_t row,
                                            const C* weight, const Room<C> dy_room,
                                            Rows<R, C>& rows) {
   typedef vec_t<C> V;
@@ -186,7 +186,7 @@ void emit(const C* dz, const C* factor, int64_t row, int64_t d, DType dtype, voi
 }
 
 template <bool rms, int R, class C>
-PYFUSE_INLINE void backward_together(const NormBackwardParams& p, const Call<C>& call,
+PYFUSE_INLINE void backward_together(const NormGradientParams& p, const Call<C>& call,
                                      const Scratch<C>& scratch, int64_t row) {
   Rows<R, C> rows;
   read_rows<rms>(p, call, scratch, row, rows);
@@ -209,7 +209,7 @@ PYFUSE_INLINE void backward_together(const NormBackwardParams& p, const Call<C>&
 }
 
 template <class C>
-Call<C> call_of(const NormBackwardParams& p, C* weight) {
+Call<C> call_of(const NormGradientParams& p, C* weight) {
   Call<C> call{};
   call.source = p;
   if (p.z != nullptr) {
@@ -235,7 +235,7 @@ PYFUSE_INLINE void add_to(const C* from, int64_t d, C* to) {
 
 // The rows of one block; their sums to dweight and dbias.
 template <bool rms, class C>
-void backward_block(const NormBackwardParams& p, const Call<C>& call, const Scratch<C>& scratch,
+void backward_block(const NormGradientParams& p, const Call<C>& call, const Scratch<C>& scratch,
                     int64_t begin, int64_t end, C* dweight, C* dbias) {
   if (call.parameters)
     for (int64_t i = 0; i < p.d; ++i)
@@ -270,7 +270,7 @@ void add_blocks(C* sums, int64_t blocks, int64_t stride, int64_t first, int64_t 
 }
 
 template <bool rms, class C>
-void backward(const NormBackwardParams& p) {
+void backward(const NormGradientParams& p) {
   const int64_t bytes = sizeof(C), size = Workspace::round_up(p.d * bytes) / bytes;
   int64_t block = (p.rows + max_blocks - 1) / max_blocks;
   if (block < min_block_rows) block = min_block_rows;
@@ -298,7 +298,7 @@ void backward(const NormBackwardParams& p) {
 
 }  // namespace
 
-void norm_backward(const NormBackwardParams& p) {
+void norm_gradient(const NormGradientParams& p) {
   const bool rms = p.kind != NormKind::layer;
   if (p.dtype == DType::f64)
     rms ? backward<true, double>(p) : backward<false, double>(p);

@@ -1,0 +1,168 @@
+"""Embeddings, pyfuse's CPU kernels against torch's modules: interleaved, best of rounds.
+
+    python -m benchmarks.bench_embed [--threads N]
+
+The peer is what models write: F.embedding for each table, additions, F.layer_norm, F.dropout, and its autograd.
+No case is timed before its result was compared with the eager formula in float64. GB/s count the rows
+read and the result written (backward: its gradient read, and the dense gradients of the tables written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import pyfuse
+from pyfuse import dispatch
+from pyfuse.cli import machine, measure
+
+Tables = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    batch: int
+    rows: int
+    vocabulary: int
+    d: int
+    bert: bool  # positions, segments and a norm; else tokens alone
+    dropout: float = 0.0
+
+    def tables(self, dtype: torch.dtype) -> Tables:
+        tables = {"weight": torch.randn(self.vocabulary, self.d)}
+        if self.bert:
+            tables["position_weight"] = torch.randn(512, self.d)
+            tables["segment_weight"] = torch.randn(2, self.d)
+            tables["norm_weight"] = torch.randn(self.d)
+            tables["norm_bias"] = torch.randn(self.d)
+        return {name: t.to(dtype) for name, t in tables.items()}
+
+    def ids(self) -> tuple[Tensor, Tensor | None]:
+        shape = (self.batch, self.rows)
+        segments = torch.randint(0, 2, shape) if self.bert else None
+        return torch.randint(0, self.vocabulary, shape), segments
+
+
+SHAPES = (
+    Shape("BERT 32x256x768", 32, 256, 30522, 768, bert=True),
+    Shape("BERT 32x256x768 dropout", 32, 256, 30522, 768, bert=True, dropout=0.1),
+    Shape("BERT 1x16x768", 1, 16, 30522, 768, bert=True),
+    Shape("tokens 32x256x768", 32, 256, 30522, 768, bert=False),
+    Shape("tokens 4x512x2048", 4, 512, 49152, 2048, bert=False),
+    Shape("tokens 1x1x576", 1, 1, 49152, 576, bert=False),
+)
+
+
+def torch_embed(ids: Tensor, segments: Tensor | None, t: Tables, p: float) -> Tensor:
+    e = F.embedding(ids, t["weight"])
+    if segments is not None:
+        e = e + F.embedding(segments, t["segment_weight"])
+        e = e + F.embedding(torch.arange(ids.shape[1]), t["position_weight"])
+        e = F.layer_norm(e, e.shape[-1:], t["norm_weight"], t["norm_bias"])
+    return F.dropout(e, p) if p > 0.0 else e
+
+
+def require_close(name: str, actual: Tensor, eager: Tensor, exact: Tensor, factor: float) -> None:
+    """Raise unless the kernel's error is within a few times eager's, plus 2 ulp of the largest value."""
+    own, error = ((x.double() - exact).abs().max().item() for x in (eager, actual))
+    budget = factor * own + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    if not error <= budget:
+        raise AssertionError(f"{name}: error {error:.2e}, allowed {budget:.2e}")
+
+
+class Case:
+    """The calls of one shape and dtype, checked when it is made."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        self.shape, self.tables = shape, shape.tables(dtype)
+        self.ids, self.segments = shape.ids()
+        self.dy = torch.randn(shape.batch, shape.rows, shape.d).to(dtype)
+        seed = torch.tensor([1, 2]) if shape.dropout else None
+        rest = {k: t for k, t in self.tables.items() if k != "weight"}
+        self.options = {
+            "segment_ids": self.segments,
+            "dropout_p": shape.dropout,
+            "dropout_seed": seed,
+            **rest,
+        }
+        self.rule = dispatch.load("cpu").OPS["embed"].gradient
+        self.needs = frozenset(self.tables)
+        self._check()
+
+    def _formula(self, dtype: torch.dtype) -> tuple[Tensor, Tables]:
+        leaves = {k: t.to(dtype).detach().requires_grad_() for k, t in self.tables.items()}
+        with torch.enable_grad():
+            formula = dispatch.load("eager").OPS["embed"].fn
+            y = formula(self.ids, **{**self.options, **leaves})
+            grads = torch.autograd.grad(y, list(leaves.values()), self.dy.to(dtype))
+        return y.detach(), dict(zip(leaves, grads, strict=True))
+
+    def _check(self) -> None:
+        eager, eager_grads = self._formula(self.dy.dtype)
+        exact, exact_grads = self._formula(torch.float64)
+        y, saved = self.rule.forward(self.ids, self.tables["weight"], **self.options)
+        require_close("y", y, eager, exact, 2.0)
+        for name, dx in self.backward(saved).items():
+            require_close(name, dx, eager_grads[name], exact_grads[name], 3.0)
+
+    def backward(self, saved: tuple[Tensor | None, ...]) -> Tables:
+        tensors = (self.ids, self.tables["weight"])
+        return self.rule.backward((self.dy,), tensors, self.options, saved, self.needs)
+
+    def forward_calls(self) -> dict[str, Callable[[], object]]:
+        given = {k: v for k, v in self.options.items() if k != "dropout_seed"}
+        weight = self.tables["weight"]
+        return {
+            "peer": lambda: torch_embed(self.ids, self.segments, self.tables, self.shape.dropout),
+            "pyfuse": lambda: pyfuse.embed(self.ids, weight, **given, backend="cpu"),
+        }
+
+    def backward_calls(self) -> dict[str, Callable[[], object]]:
+        leaves = {k: t.detach().requires_grad_() for k, t in self.tables.items()}
+        with torch.enable_grad():
+            y = torch_embed(self.ids, self.segments, leaves, self.shape.dropout)
+        points = list(leaves.values())
+        _, saved = self.rule.forward(self.ids, self.tables["weight"], **self.options)
+        return {
+            "peer": lambda: torch.autograd.grad(y, points, self.dy, retain_graph=True),
+            "pyfuse": lambda: self.backward(saved),
+        }
+
+
+def row(name: str, megabytes: float, calls: dict[str, Callable[[], object]]) -> str:
+    runs = {label: measure.stopwatch(call) for label, call in calls.items()}
+    best = measure.interleave(runs, rounds=60, budget=4.0)
+    ours = best["pyfuse"]
+    return f"{name}{1e3 * ours:9.3f} ms {megabytes / 1e3 / ours:6.1f} GB/s  {best['peer'] / ours:6.2f} x torch"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_embed")
+    parser.add_argument("--threads", type=int, default=machine.default_threads())
+    torch.set_num_threads(parser.parse_args().threads)
+    from pyfuse.backends.cpu import isa
+
+    print(
+        f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {isa()}, torch {torch.__version__}"
+    )
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape in SHAPES:
+                case = Case(shape, dtype)
+                result = case.dy.nbytes / 1e6
+                tables = sum(t.nbytes for t in case.tables.values()) / 1e6
+                name = f"{str(dtype).removeprefix('torch.'):9}{shape.name:24}"
+                print(row(f"{name}forward  ", 2 * result, case.forward_calls()), flush=True)
+                print(row(f"{name}backward ", result + tables, case.backward_calls()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

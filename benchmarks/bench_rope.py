@@ -1,0 +1,137 @@
+"""Rotary embedding of q and k, pyfuse's CPU kernels against Hugging Face's formula: interleaved, best of rounds.
+
+    python -m benchmarks.bench_rope [--threads N]
+
+The peer is q·cos + rotate_half(q)·sin for both, and its autograd. No case is timed before its result was compared
+with the eager formula in float64. GB/s count reading and writing q and k once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import pyfuse
+from pyfuse import dispatch
+from pyfuse.cli import machine, measure
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    heads: tuple[int, int]  # of queries and of keys
+    rows: int
+    d: int
+
+    def __str__(self) -> str:
+        hq, hk = self.heads
+        return f"B{self.batch} H{hq}/{hk} M{self.rows} D{self.d}"
+
+    def tensors(self, dtype: torch.dtype) -> list[Tensor]:
+        """q, k as models hand them over, views of [B, M, H, D]; cos and sin [B, M, D], halves alike."""
+        q, k = (
+            torch.randn(self.batch, self.rows, h, self.d).to(dtype).transpose(1, 2)
+            for h in self.heads
+        )
+        inv_freq, _ = pyfuse.rope_frequencies(self.d)
+        angles = torch.outer(torch.arange(self.rows).float(), inv_freq.float())
+        angles = torch.cat((angles, angles), -1).expand(self.batch, -1, -1)
+        return [q, k, angles.cos().to(dtype), angles.sin().to(dtype)]
+
+
+SHAPES = (Shape(1, (9, 3), 2048, 64), Shape(8, (12, 12), 512, 64), Shape(1, (32, 8), 2048, 128))
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def hugging_face(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    half = q.shape[-1] // 2
+    c, s = cos[..., :half], sin[..., :half]
+    qr, kr = (pyfuse.rope(x, c, s, layout="half", backend=backend) for x in (q, k))
+    return qr, kr
+
+
+def gradient(x: Tensor, dx: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    tensors = (x, cos[..., :half], sin[..., :half])
+    options = {"layout": "half", "positions": None, "inplace": False}
+    rule = dispatch.load("cpu").OPS["rope"].gradient
+    return rule.backward((dx,), tensors, options, (), frozenset({"x"}))["x"]
+
+
+def require_close(name: str, actual: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """Raise unless the kernel's error is within twice the peer's, plus 2 ulp of the largest value."""
+    own, error = ((x.double() - exact).abs().max().item() for x in (theirs, actual))
+    budget = 2 * own + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    if not error <= budget:
+        raise AssertionError(f"{name}: error {error:.2e}, allowed {budget:.2e}")
+
+
+def forward_calls(given: list[Tensor]) -> dict[str, Callable[[], object]]:
+    exact = ours(*(t.double() for t in given), backend="eager")
+    triples = zip(ours(*given, backend="cpu"), hugging_face(*given), exact, strict=True)
+    for result in triples:
+        require_close("forward", *result)
+    return {"peer": lambda: hugging_face(*given), "pyfuse": lambda: ours(*given, backend="cpu")}
+
+
+def backward_calls(given: list[Tensor]) -> dict[str, Callable[[], object]]:
+    q, k, cos, sin = given
+    grads = [torch.randn_like(q), torch.randn_like(k)]
+    leaves = [t.detach().requires_grad_() for t in (q, k)]
+    with torch.enable_grad():
+        results = hugging_face(*leaves, cos, sin)
+
+    def theirs() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(results, leaves, grads, retain_graph=True)
+
+    def mine() -> list[Tensor]:
+        return [gradient(x, dx, cos, sin) for x, dx in zip((q, k), grads, strict=True)]
+
+    exact = ours(*(t.double() for t in (*grads, cos, -sin)), backend="eager")
+    for result in zip(mine(), theirs(), exact, strict=True):
+        require_close("backward", *result)
+    return {"peer": theirs, "pyfuse": mine}
+
+
+def row(name: str, given: list[Tensor], calls: dict[str, Callable[[], object]]) -> str:
+    runs = {label: measure.stopwatch(call) for label, call in calls.items()}
+    best = measure.interleave(runs, rounds=60, budget=3.0)
+    rate = 2 * (given[0].nbytes + given[1].nbytes) / best["pyfuse"] / 1e9
+    return f"{name}{1e3 * best['pyfuse']:9.3f} ms {rate:6.1f} GB/s  {best['peer'] / best['pyfuse']:6.2f} x Hugging Face"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_rope")
+    parser.add_argument("--threads", type=int, default=machine.default_threads())
+    torch.set_num_threads(parser.parse_args().threads)
+    from pyfuse.backends.cpu import isa
+
+    print(
+        f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {isa()}, torch {torch.__version__}"
+    )
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape in SHAPES:
+                given = shape.tensors(dtype)
+                kind = str(dtype).removeprefix("torch.")
+                for step, calls in (("forward", forward_calls), ("backward", backward_calls)):
+                    print(row(f"{kind:9}{shape!s:20}{step:9}", given, calls(given)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
