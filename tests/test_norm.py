@@ -172,15 +172,15 @@ def test_prenorm_without_residual_returns_x_itself(backend: str) -> None:
     assert z is x and torch.equal(y, pyfuse.rms_norm(x, backend=backend))
 
 
-def test_wider_residual_stays_wide() -> None:
+def test_wider_residual_stays_wide(backend: str) -> None:
     x, _, w, b = inputs(5, 65, torch.bfloat16)
     residual = torch.randn(5, 65)
-    y, z = pyfuse.layer_norm(x, w, b, residual=residual, prenorm=True)
+    y, z = pyfuse.layer_norm(x, w, b, residual=residual, prenorm=True, backend=backend)
     assert z.dtype == torch.float32 and torch.equal(z, x.float() + residual)
     assert y.dtype == torch.bfloat16
     expected = torch.nn.functional.layer_norm(z, (65,), w.float(), b.float())
-    assert torch.equal(y, expected.bfloat16())
-    y, _ = pyfuse.rms_norm(x, w, residual=residual, prenorm=True)
+    assert (y == expected.bfloat16()).double().mean().item() > 0.97
+    y, _ = pyfuse.rms_norm(x, w, residual=residual, prenorm=True, backend=backend)
     assert y.dtype == torch.bfloat16
 
 
@@ -245,12 +245,13 @@ def test_equals_module(name: str, dtype: torch.dtype) -> None:
 def test_llama_casting_with_float32_weight_gives_float32(backend: str) -> None:
     module, ours = peer("LlamaRMSNorm")
     x = torch.randn(5, 197).bfloat16()
-    if backend == "cpu":
-        with pytest.raises(NotImplementedError, match="changes the dtype"):
-            ours(x, backend=backend)
-    elif backend == "eager":
-        assert_bitwise_equal(ours(x, backend=backend), module(x), "float32 weight")
-    assert ours(x).dtype == torch.float32
+    y, expected = ours(x, backend=backend), module(x)
+    assert y.dtype == torch.float32
+    if backend == "eager":
+        assert_bitwise_equal(y, expected, "float32 weight")
+    else:  # n is rounded to bfloat16 before the weight: what differs, differs by a unit of that
+        assert (y == expected).double().mean().item() > 0.9
+        torch.testing.assert_close(y, expected, rtol=2**-7, atol=0)
 
 
 # ---- dropout ------------------------------------------------------------------------------------
@@ -282,13 +283,6 @@ def test_dropout_draws_from_the_default_generator(function: Callable[..., Any]) 
     assert torch.equal(run(), first) and not torch.equal(first, second)
     assert first.unique().tolist() == pytest.approx([2.0, 2.0 + 1 / 0.75])
     assert (first == 2.0).float().mean().item() == pytest.approx(0.25, abs=0.02)
-
-
-def test_cpu_kernels_refuse_dropout(target: Target) -> None:
-    x = torch.randn(3, 8)
-    if target.backend == "cpu":
-        with pytest.raises(NotImplementedError, match="no dropout yet"):
-            pyfuse.layer_norm(x, dropout_p=0.1, backend="cpu")
 
 
 # ---- derivatives and transforms -----------------------------------------------------------------
@@ -373,26 +367,44 @@ def test_dropout_compiles() -> None:
 
 def test_explain_says_what_a_kernel_refuses(target: Target) -> None:
     if target.backend != "cpu":
-        pytest.skip("reasons of the CPU kernels")
+        return
     x, w = torch.randn(2, 8).bfloat16(), torch.randn(8)
     assert pyfuse.explain("layer_norm", x, w, w).chosen == "cpu"
+    for options in ({"weight": w.clone().requires_grad_()}, {"weight": w, "bias": w.bfloat16()}):
+        assert pyfuse.explain("layer_norm", x, **options).chosen == "cpu"
     refused: list[tuple[str, dict[str, Any]]] = [
-        ("needs one dtype", {"residual": torch.randn(2, 8)}),
-        ("must agree", {"weight": w, "bias": w.bfloat16()}),
-        ("does not mix", {"weight": w.half()}),
-        ("gradient", {"weight": w.clone().requires_grad_()}),
+        ("does not mix", {"residual": torch.randn(2, 8).double()}),
+        ("gives float64", {"weight": w.double()}),
     ]
     for reason, options in refused:
-        explanation = pyfuse.explain("layer_norm", x, **options)
+        explanation = pyfuse.explain("rms_norm", x, **options)
         assert explanation.chosen == "eager" and reason in str(explanation)
 
 
-def test_kernel_entry_refuses_null_pointers(target: Target) -> None:
+def test_kernel_entries_check_what_would_crash(target: Target) -> None:
     if target.backend == "cpu":
+        norm = cpu_module.module().norm
+        sizes, dtypes = (1, 8, 8, 8), (0, 0, 0, 0, 0)
+        rest = (0, 1e-5, 0.0, 1)  # layer_norm, eps, no dropout, one thread
+        x = torch.zeros(1, 8)
+        at = x.data_ptr()
         with pytest.raises(ValueError, match="x: null data pointer"):
-            cpu_module.module().norm(
-                0, 0, 0, 0, 0, 0, 1, 8, 8, 0, 0, 0, 1e-5, True, False, 0.0, 1
-            )  # fmt: skip
+            norm(0, 0, 0, 0, 0, 0, 0, *sizes, *dtypes, *rest)
+        with pytest.raises(ValueError, match="y: null data pointer"):
+            norm(at, 0, 0, 0, 0, 0, 0, *sizes, *dtypes, *rest)
+        with pytest.raises(ValueError, match="z is x without residual"):
+            norm(at, 0, 0, 0, at, at, 0, *sizes, *dtypes, *rest)
+        with pytest.raises(ValueError, match="no such kind: 4"):
+            norm(at, 0, 0, 0, at, 0, 0, *sizes, *dtypes, 4, *rest[1:])
+        with pytest.raises(ValueError, match="residual must be of x's dtype"):
+            norm(at, 0, 0, 0, at, 0, 0, *sizes, 0, 1, 0, 0, 0, *rest)
+        with pytest.raises(ValueError, match="y must be of x's dtype"):
+            norm(at, 0, 0, 0, at, 0, 0, *sizes, 1, 1, 0, 0, 0, *rest)
+        strides, grads = (8, 0, 0, 8, 0), (0, 0, 0, 0)
+        with pytest.raises(ValueError, match="dy: null data pointer"):
+            cpu_module.module().norm_gradient(
+                at, 0, 0, 0, 0, *grads, 0, 0, 1, 8, strides, *dtypes, *rest
+            )
 
 
 X = torch.zeros(2, 8)

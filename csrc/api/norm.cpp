@@ -1,7 +1,5 @@
 // Python arguments -> NormParams and NormGradientParams, with the checks that the kernels leave to
 // their caller.
-#include <unistd.h>
-
 #include "api/arguments.h"
 #include "api/huge_pages.h"
 #include "cpu/isa.h"
@@ -14,14 +12,9 @@ namespace {
 bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 int64_t size_of(DType dtype) { return is_half(dtype) ? 2 : dtype == DType::f64 ? 8 : 4; }
 
-// What the last cache holds; a guess where the system does not say.
-int64_t cache_bytes() {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const int64_t bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (bytes > 0) return bytes;
-#endif
-  return int64_t{32} << 20;
-}
+// What cores share of a last cache, as a rule. The system is not asked: glibc's answer is the sum
+// over the package, ten times what one core gets.
+constexpr int64_t cache_bytes = int64_t{32} << 20;
 
 struct Rows {
   void* memory;
@@ -32,8 +25,8 @@ struct Rows {
 // only, so their rows have to begin at one. Neither choice changes a bit of the results.
 void fit_caches(NormArguments& p, int64_t bytes_per_element, std::initializer_list<Rows> results) {
   const int64_t bytes = p.rows * p.d * bytes_per_element;
-  p.row_by_row = bytes > cache_bytes() / 2;
-  p.stream = bytes > cache_bytes() && p.d * size_of(p.dtype) % 64 == 0;
+  p.row_by_row = bytes > cache_bytes / 2;
+  p.stream = bytes > cache_bytes && p.d * size_of(p.dtype) % 64 == 0;
   for (const Rows& result : results) {
     p.stream = p.stream && reinterpret_cast<uintptr_t>(result.memory) % 64 == 0;
     if (result.memory != nullptr)
@@ -82,6 +75,8 @@ void norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uin
   p.bias_dtype = dtype_of(bias_dtype);
   p.y = address(y, "y");
   p.z = optional_address(z);
+  if (p.z != nullptr && p.residual == nullptr && p.dropout_seed == nullptr)
+    throw std::invalid_argument("norm: z is x without residual and dropout; it is not written");
   p.rows = rows, p.d = d;
   p.x_stride = x_stride, p.residual_stride = residual_stride;
   const int64_t z_bytes = size_of(p.z_dtype);
@@ -94,8 +89,8 @@ void norm(uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t bias, uin
 
 // strides: of the rows of x, residual, z, dy and dz; gradients are contiguous.
 void norm_gradient(uintptr_t x, uintptr_t residual, uintptr_t z, uintptr_t dy, uintptr_t dz,
-                   uintptr_t weight, uintptr_t dropout_seed, uintptr_t dx, uintptr_t dresidual,
-                   uintptr_t dweight, uintptr_t dbias, int64_t rows, int64_t d,
+                   uintptr_t dx, uintptr_t dresidual, uintptr_t dweight, uintptr_t dbias,
+                   uintptr_t weight, uintptr_t dropout_seed, int64_t rows, int64_t d,
                    const py::tuple& strides, int dtype, int z_dtype, int y_dtype, int weight_dtype,
                    int bias_dtype, int kind, double eps, double dropout_p, int threads) {
   NormGradientParams p{};

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyfuse.backends import cpu_norm
 from pyfuse.backends.cpu_module import DTYPE, module
-from pyfuse.backends.cpu_norm import LAYER, RMS, Result, contiguous, rows_of
+from pyfuse.backends.cpu_norm import LAYER, RMS, Result, rows_of
 
 Saved = tuple[Tensor | None, ...]
 Grads = tuple[Tensor | None, ...]
@@ -73,44 +73,66 @@ def _backward(
         {"x", "residual"} <= needs and options["dropout_p"] == 0.0 and residual.dtype is x.dtype
     )
     named = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    out = {
-        name: torch.empty(named[name].shape, dtype=named[name].dtype)
-        for name in (needs - {"residual"} if shared else needs)
-    }
+    out = {name: _empty(named[name]) for name in (needs - {"residual"} if shared else needs)}
     dy, dz = grads if len(grads) == 2 else (*grads, None)
     if dy is None:
-        dy = torch.zeros(x.shape, dtype=cpu_norm.result_dtype(kind, x, weight))
+        dy = torch.zeros(x.shape, dtype=_result_dtype(kind, x, weight))
     rows = (None, None, saved[0], dy, dz) if saved else (x, residual, None, dy, dz)
-    _launch(kind, tensors, [None if t is None else rows_of(t) for t in rows], options, out)
+    _launch(kind, tensors, [_rows(t) for t in rows], options, out)
     if shared:
         out["residual"] = out["x"]
     return out
 
 
+def _empty(t: Tensor) -> Tensor:
+    return torch.empty_like(t) if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype)
+
+
+def _result_dtype(kind: int, x: Tensor, weight: Tensor | None) -> torch.dtype:
+    return cpu_norm.llama_dtype(x, weight) if kind == cpu_norm.LLAMA else x.dtype
+
+
+def _rows(t: Tensor | None) -> tuple[Tensor | None, int]:
+    """(t, the stride of its rows), copied if these have no common stride or are not dense."""
+    if t is None:
+        return None, 0
+    if not t.is_contiguous():
+        t = rows_of(t)
+        return t, t.stride(0)
+    return t, t.shape[-1]
+
+
 def _launch(
     kind: int,
     tensors: tuple[Any, ...],
-    rows: list[Any],
+    rows: list[tuple[Tensor | None, int]],
     options: dict[str, Any],
     out: dict[str, Tensor],
 ) -> None:
-    """rows: x, residual, z, dy and dz as [rows, D] with unit stride in D, those that are read; out: contiguous."""
+    """rows: x, residual, z, dy and dz, those that are read, each with its stride; out: contiguous."""
     x, weight, bias = tensors
     residual, p = options["residual"], options["dropout_p"]
-    weight = contiguous(weight)
-    dy = rows[3]
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    d = x.shape[-1]
     dtype = DTYPE[x.dtype]
+    addresses, strides = [], []
+    for t, stride in rows:
+        addresses.append(0 if t is None else t.data_ptr())
+        strides.append(stride)
+    for name in ("x", "residual", "weight", "bias"):
+        t = out.get(name)
+        addresses.append(0 if t is None else t.data_ptr())
     module().norm_gradient(
-        *(_address(t) for t in rows),
-        _address(weight),
+        *addresses,
+        0 if weight is None else weight.data_ptr(),
         0 if p == 0.0 else options["dropout_seed"].data_ptr(),
-        *(_address(out.get(name)) for name in ("x", "residual", "weight", "bias")),
-        dy.shape[0],
-        dy.shape[1],
-        tuple([0 if t is None else t.stride(0) for t in rows]),
+        x.numel() // d,
+        d,
+        tuple(strides),
         dtype,
         dtype if residual is None else DTYPE[residual.dtype],
-        DTYPE[dy.dtype],
+        DTYPE[_result_dtype(kind, x, weight)],
         dtype if weight is None else DTYPE[weight.dtype],
         dtype if bias is None else DTYPE[bias.dtype],
         kind,
@@ -118,7 +140,3 @@ def _launch(
         p,
         torch.get_num_threads(),
     )
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
