@@ -17,6 +17,7 @@
   void linear_packed(const LinearParams&);                       \
   void pack_linear(const LinearParams&);                         \
   void norm(const NormParams&);                                  \
+  void norm_gradient(const NormGradientParams&);                 \
   void rope(const RopeParams&);                                  \
   void row_sums(const RowSumsParams&);                           \
   static const Kernels table = {attention,                       \
@@ -29,6 +30,7 @@
                                 linear_packed,                   \
                                 pack_linear,                     \
                                 norm,                            \
+                                norm_gradient,                   \
                                 rope,                            \
                                 row_sums};                       \
   }

@@ -22,6 +22,7 @@ struct Kernels {
   void (*linear_packed)(const LinearParams&);             // w as pack_linear left it
   void (*pack_linear)(const LinearParams&);               // from w [N, K] to y [N/64][K][64]
   void (*norm)(const NormParams&);
+  void (*norm_gradient)(const NormGradientParams&);
   void (*rope)(const RopeParams&);
   void (*row_sums)(const RowSumsParams&);
 };

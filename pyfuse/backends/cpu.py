@@ -8,6 +8,7 @@ from pyfuse.backends import (
     cpu_decode,
     cpu_embed,
     cpu_norm,
+    cpu_norm_gradient,
     cpu_rope,
 )
 from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
@@ -42,8 +43,26 @@ OPS: dict[str, Impl] = {
         cpu_embed.why_not_embed,
         Gradient(cpu_embed.forward, cpu_embed.backward, cpu_embed.why_not_backward),
     ),
-    "layer_norm": Impl(cpu_norm.layer_norm, cpu_norm.why_not_layer_norm),
-    "rms_norm": Impl(cpu_norm.rms_norm, cpu_norm.why_not_rms_norm),
+    "layer_norm": Impl(
+        cpu_norm.layer_norm,
+        cpu_norm.why_not_layer_norm,
+        Gradient(
+            cpu_norm_gradient.layer_norm_forward,
+            cpu_norm_gradient.layer_norm_backward,
+            cpu_norm_gradient.why_not,
+            cpu_norm_gradient.restore,
+        ),
+    ),
+    "rms_norm": Impl(
+        cpu_norm.rms_norm,
+        cpu_norm.why_not_rms_norm,
+        Gradient(
+            cpu_norm_gradient.rms_norm_forward,
+            cpu_norm_gradient.rms_norm_backward,
+            cpu_norm_gradient.why_not,
+            cpu_norm_gradient.restore,
+        ),
+    ),
     "rope": Impl(
         cpu_rope.rope,
         cpu_rope.why_not_rope,

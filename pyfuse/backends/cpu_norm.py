@@ -1,4 +1,4 @@
-"""Launchers of csrc/cpu/norm.cpp."""
+"""Launcher of csrc/cpu/norm.cpp."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor
 from pyfuse.backends.cpu_module import DTYPE, module
 
 HALF = (torch.bfloat16, torch.float16)
+LAYER, RMS = 0, {"llama": 1, "gemma": 2, "torch": 3}  # pyfuse::NormKind
+LLAMA = RMS["llama"]
+Result = Tensor | tuple[Tensor, Tensor]
 
 
 def layer_norm(
@@ -20,9 +23,9 @@ def layer_norm(
     prenorm: bool = False,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """See pyfuse.layer_norm."""
-    return norm(x, weight, bias, eps, residual, prenorm, False, False, 0.0)
+    return norm(LAYER, x, weight, bias, eps, residual, prenorm, dropout_p, dropout_seed)
 
 
 def rms_norm(
@@ -35,10 +38,10 @@ def rms_norm(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     casting: str = "llama",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """See pyfuse.rms_norm."""
-    plus = 1.0 if casting == "gemma" else 0.0
-    return norm(x, weight, None, eps, residual, prenorm, True, casting == "llama", plus)
+    kind = RMS[casting]
+    return norm(kind, x, weight, None, eps, residual, prenorm, dropout_p, dropout_seed)
 
 
 def why_not_layer_norm(
@@ -52,9 +55,7 @@ def why_not_layer_norm(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> str | None:
-    if weight is not None and bias is not None and weight.dtype != bias.dtype:
-        return f"weight is {weight.dtype} and bias {bias.dtype}: they must agree"
-    return why_not(x, bias if weight is None else weight, residual, dropout_p)
+    return why_not(x, residual)
 
 
 def why_not_rms_norm(
@@ -68,92 +69,86 @@ def why_not_rms_norm(
     dropout_seed: Tensor | None = None,
     casting: str = "llama",
 ) -> str | None:
-    if weight is not None and weight.dtype != x.dtype and casting == "llama":
-        return f"casting 'llama' of {x.dtype} x with a {weight.dtype} weight changes the dtype"
-    return why_not(x, weight, residual, dropout_p)
+    if casting == "llama" and weight is not None and weight.dtype is not x.dtype:
+        if weight.dtype is torch.float64:
+            return f"casting 'llama' of {x.dtype} x with a float64 weight gives float64"
+    return why_not(x, residual)
 
 
-def why_not(
-    x: Tensor, parameter: Tensor | None, residual: Tensor | None, dropout_p: float
-) -> str | None:
+def why_not(x: Tensor, residual: Tensor | None) -> str | None:
     if not x.is_cpu:
         return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in DTYPE:
-        return f"x is {x.dtype}; the kernel has float32, bfloat16, float16 and float64"
-    if dropout_p > 0.0:
-        return "the kernel has no dropout yet"
-    if residual is not None and residual.dtype != x.dtype:
-        return f"residual is {residual.dtype} and x {x.dtype}: the kernel needs one dtype"
-    if parameter is None or parameter.dtype == x.dtype:
+    dtype = x.dtype
+    if dtype not in DTYPE:
+        return f"x is {dtype}; the kernel has float32, bfloat16, float16 and float64"
+    if residual is None or residual.dtype is dtype:
         return None
-    if parameter.dtype == torch.float32 and x.dtype in HALF:
+    if residual.dtype is torch.float32 and dtype in HALF:
         return None
-    return f"a parameter is {parameter.dtype} and x {x.dtype}: the kernel does not mix these"
+    return f"residual is {residual.dtype} and x {dtype}: the kernel does not mix these"
 
 
 def norm(
+    kind: int,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     residual: Tensor | None,
     prenorm: bool,
-    rms: bool,
-    round_first: bool,
-    weight_plus: float,
-) -> Tensor | tuple[Tensor, Tensor]:
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    if x.is_contiguous() and (residual is None or residual.is_contiguous()):
-        y, z = torch.empty_like(x), torch.empty_like(x) if prenorm else None
-        launch(x, residual, y, z, weight, bias, eps, rms, round_first, weight_plus)
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> Result:
+    """y, or (y, z) with prenorm."""
+    z_like = x if residual is None else residual
+    y_dtype = result_dtype(kind, x, weight)
+    weight, bias = contiguous(weight), contiguous(bias)
+    dense = x.is_contiguous() and z_like.is_contiguous()
+    rows = x if dense else rows_of(x)
+    added = residual if dense or residual is None else rows_of(residual)
+    if dense:
+        y = torch.empty_like(x) if y_dtype is x.dtype else torch.empty_like(x, dtype=y_dtype)
+        z = torch.empty_like(z_like) if prenorm else None
     else:
-        x2, y2 = rows_of(x), torch.empty(x.shape, dtype=x.dtype)
-        r2 = None if residual is None else rows_of(residual)
-        z2 = torch.empty_like(y2) if prenorm else None
-        launch(x2, r2, y2, z2, weight, bias, eps, rms, round_first, weight_plus)
-        y = in_order_of(x, y2)
-        z = z2 if z2 is None or residual is None else in_order_of(residual, z2)
-    return y if z is None else (y, z)
-
-
-def launch(
-    x: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    z: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    round_first: bool,
-    weight_plus: float,
-) -> None:
-    """x and residual are contiguous or of two dimensions; y and z are contiguous."""
+        y = torch.empty(x.shape, dtype=y_dtype)
+        z = torch.empty(x.shape, dtype=z_like.dtype) if prenorm else None
     d = x.shape[-1]
     dtype = DTYPE[x.dtype]
-    parameter = bias if weight is None else weight
     module().norm(
-        x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        rows.data_ptr(),
+        0 if added is None else added.data_ptr(),
         0 if weight is None else weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         0 if z is None else z.data_ptr(),
+        0 if dropout_seed is None or dropout_p == 0.0 else dropout_seed.data_ptr(),
         x.numel() // d,
         d,
-        x.stride(0) if x.ndim == 2 else d,
-        0 if residual is None else residual.stride(0) if residual.ndim == 2 else d,
+        d if dense else rows.stride(0),
+        d if dense or added is None else added.stride(0),
         dtype,
-        dtype if parameter is None else DTYPE[parameter.dtype],
+        DTYPE[z_like.dtype],
+        DTYPE[y_dtype],
+        dtype if weight is None else DTYPE[weight.dtype],
+        dtype if bias is None else DTYPE[bias.dtype],
+        kind,
         eps,
-        rms,
-        round_first,
-        weight_plus,
+        dropout_p,
         torch.get_num_threads(),
     )
+    if not dense:
+        y, z = in_order_of(x, y), None if z is None else in_order_of(z_like, z)
+    return y if z is None else (y, z)
+
+
+def result_dtype(kind: int, x: Tensor, weight: Tensor | None) -> torch.dtype:
+    if kind != LLAMA or weight is None or weight.dtype is x.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, weight.dtype)
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def rows_of(t: Tensor) -> Tensor:
@@ -164,5 +159,5 @@ def rows_of(t: Tensor) -> Tensor:
 
 def in_order_of(like: Tensor, t: Tensor) -> Tensor:
     """t in the memory order that torch.empty_like(like) has, which compiled graphs count on."""
-    out = torch.empty_like(like)
+    out = torch.empty_like(like, dtype=t.dtype)
     return t if out.is_contiguous() else out.copy_(t)

@@ -73,22 +73,44 @@ struct DecodeParams : AttentionParams {
   int64_t page_size = 1, pages = 0;
 };
 
-// y = norm(x [+ residual]) · weight + bias over the last dimension.
-struct NormParams {
+enum class NormKind : int { layer = 0, llama = 1, gemma = 2, torch = 3 };  // RMSNorm: by casting
+
+// What the norms' forward and backward both read: z = dropout(x) + residual, row by row.
+struct NormArguments {
   const void* x;
   const void* residual;  // null: none
   const void* weight;    // null: ones
-  const void* bias;      // null: zeros
-  void* y;
-  void* z;  // x + residual, null: not wanted
   int64_t rows, d;
-  int64_t x_stride, residual_stride, y_stride, z_stride;
-  DType dtype, weight_dtype;
+  int64_t x_stride, residual_stride;  // of rows; the outputs are contiguous
+  DType dtype;                        // of x
+  DType z_dtype;                      // of residual and z: x's, or float32 beside a half type
+  DType y_dtype;                      // of y: likewise
+  DType weight_dtype;                 // any
+  NormKind kind;
   double eps;
-  bool rms;            // RMSNorm: no mean, no bias
-  bool round_first;    // round the normalised row to dtype before the weight (Llama's casting)
-  double weight_plus;  // added to the weight (Gemma: 1)
+  const int64_t* dropout_seed;  // (seed, offset); null: no dropout
+  double dropout_p;
+  bool stream;      // results go past the caches, which they would not fit
+  bool row_by_row;  // speed is the memory's, which comes fastest row after row
   int threads;
+};
+
+// y = norm(z) · weight + bias over the last dimension.
+struct NormParams : NormArguments {
+  const void* bias;  // null: zeros
+  DType bias_dtype;
+  void* y;
+  void* z;  // null: not wanted
+};
+
+// dz of what the norm read and of what it returned as z, summed; dx = dropout'(dz).
+struct NormGradientParams : NormArguments {
+  const void* z;   // as the forward wrote it; null: recomputed from x and residual
+  const void* dy;  // of y_dtype
+  const void* dz;  // of z_dtype; null: none
+  int64_t z_stride, dy_stride, dz_stride;
+  DType bias_dtype;
+  void *dx, *dresidual, *dweight, *dbias;  // null: not wanted
 };
 
 // Rotates the first r of d elements of every row of x [B, H, M, D] by the angles of that token.

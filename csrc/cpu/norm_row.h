@@ -1,0 +1,254 @@
+// What LayerNorm and RMSNorm share, forward and backward: a row is walked vector by vector, more
+// than once, while it stays in the first cache level; whatever its type, it lies there as C, the
+// type that is computed in.
+#pragma once
+#include "cpu/isa.h"
+#include "cpu/philox.h"
+#include "cpu/stream.h"
+#include "cpu/vec.h"
+#include "cpu/workspace.h"
+
+namespace pyfuse::cpu::PYFUSE_ISA {
+
+// Rows are handed to threads in blocks of about this many elements; less than two such blocks are
+// not worth the start of a parallel region.
+constexpr int64_t norm_block = 16384;
+
+template <class A, class B>
+constexpr bool same = false;
+template <class A>
+constexpr bool same<A, A> = true;
+
+// ---- a walk along a row -------------------------------------------------------------------------
+
+// Where the walk stands: at a whole vector, or at the n lanes that are left.
+template <class C>
+struct Whole {
+  int64_t i;
+  template <class T>
+  PYFUSE_INLINE vec_t<T> read(const T* row) const {
+    return load(row + i);
+  }
+  template <bool streamed = false, class T>
+  PYFUSE_INLINE void write(T* row, vec_t<T> v) const {
+    streamed ? stream(row + i, v) : store(row + i, v);
+  }
+  PYFUSE_INLINE vec_t<C> only(vec_t<C> v) const { return v; }
+};
+template <class C>
+struct Part {
+  int64_t i, n;
+  template <class T>
+  PYFUSE_INLINE vec_t<T> read(const T* row) const {
+    return load(row + i, n);
+  }
+  template <bool streamed = false, class T>
+  PYFUSE_INLINE void write(T* row, vec_t<T> v) const {
+    store(row + i, v, n);
+  }
+  // v where there are elements, else 0.
+  PYFUSE_INLINE vec_t<C> only(vec_t<C> v) const {
+    return iota<C>() < static_cast<C>(n) ? v : vec_t<C>{};
+  }
+};
+
+constexpr int accumulators = 4;  // independent sums of a row, to hide the latency of an addition
+
+// body(where, step) along d elements; step counts to `unroll`, again and again.
+template <class C, int unroll, class Body>
+PYFUSE_INLINE void each_vector(int64_t d, const Body& body) {
+  constexpr int64_t w = Vec<C>::width;
+  int64_t i = 0;
+  for (; i + unroll * w <= d; i += unroll * w)
+    PYFUSE_UNROLL for (int step = 0; step < unroll; ++step) body(Whole<C>{i + step * w}, step);
+  if (unroll > 1)
+    for (; i + w <= d; i += w) body(Whole<C>{i}, 0);
+  if (i < d) body(Part<C>{i, d - i}, unroll - 1);
+}
+
+// sum[r]: the sum of term(where, r) over row r of R, in an order that depends on d alone.
+template <int R, class C, class Term>
+PYFUSE_INLINE void sum_along(int64_t d, const Term& term, C (&sum)[R]) {
+  vec_t<C> sums[R][accumulators] = {};
+  each_vector<C, accumulators>(d, [&](const auto& at, int a) __attribute__((always_inline)) {
+    PYFUSE_UNROLL for (int r = 0; r < R; ++r) sums[r][a] += term(at, r);
+  });
+  PYFUSE_UNROLL for (int r = 0; r < R; ++r) sum[r] =
+      reduce_add((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
+}
+
+template <class T>
+PYFUSE_INLINE vec_t<T> round_to(vec_t<T> v) {
+  if constexpr (same<T, compute_t<T>>) return v;
+  T lane[width<T>];
+  store(lane, v);
+  return load(lane);
+}
+
+// ---- z = dropout(x) + residual
+// --------------------------------------------------------------------
+
+// v where it is kept, scaled; 0 where it is dropped, even if v is not finite.
+template <class V>
+PYFUSE_INLINE V apply_dropout(V v, V factor) {
+  return factor > V{} ? v * factor : V{};
+}
+
+// A row of what z is made of; residual and factor may be null.
+template <class T, class Z>
+struct Operands {
+  const T* x;
+  const Z* residual;
+  const compute_t<T>* factor;
+};
+
+template <class C>
+struct Sums {
+  C plain, squares;
+};
+
+// z, rounded to Z, goes to `row` as C and, where that is not null, to `copy`; its sums.
+template <bool dropped, bool added, class T, class Z, class C>
+PYFUSE_INLINE Sums<C> gather(const Operands<T, Z> from, int64_t d, C* row, Z* copy, bool streamed) {
+  typedef vec_t<T> V;
+  V plain[accumulators] = {}, squares[accumulators] = {};
+  each_vector<C, accumulators>(d, [&](const auto& at, int a) __attribute__((always_inline)) {
+    V v = at.read(from.x);
+    if (dropped) v = apply_dropout(v, at.read(from.factor));
+    if (added) v += at.read(from.residual);
+    if (dropped || added) v = round_to<Z>(v);
+    at.write(row, v);
+    if (copy != nullptr) streamed ? at.template write<true>(copy, v) : at.write(copy, v);
+    plain[a] += v;
+    squares[a] += v * v;
+  });
+  return {reduce_add((plain[0] + plain[1]) + (plain[2] + plain[3])),
+          reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+}
+
+// The same for row `row` of p's operands, to the row of z at `copies` (null: not wanted). Not
+// inlined: every kind of norm would carry its loops.
+template <class T, class Z, class C>
+__attribute__((noinline)) Sums<C> gather_row(const NormArguments& p, int64_t row, const C* factor,
+                                             C* to, void* copies) {
+  Operands<T, Z> from = {static_cast<const T*>(p.x) + row * p.x_stride, nullptr, factor};
+  Z* copy = copies == nullptr ? nullptr : static_cast<Z*>(copies) + row * p.d;
+  if (p.residual != nullptr)
+    from.residual = static_cast<const Z*>(p.residual) + row * p.residual_stride;
+  if (factor == nullptr)
+    return from.residual == nullptr ? gather<false, false>(from, p.d, to, copy, p.stream)
+                                    : gather<false, true>(from, p.d, to, copy, p.stream);
+  return from.residual == nullptr ? gather<true, false>(from, p.d, to, copy, p.stream)
+                                  : gather<true, true>(from, p.d, to, copy, p.stream);
+}
+template <class T, class C>
+PYFUSE_INLINE Sums<C> gather(const NormArguments& p, int64_t row, const C* factor, C* to,
+                             void* copies) {
+  return p.z_dtype == p.dtype ? gather_row<T, T>(p, row, factor, to, copies)
+                              : gather_row<T, C>(p, row, factor, to, copies);
+}
+
+// The factors of a row, if there is dropout; else null.
+template <class C>
+__attribute__((noinline)) const C* dropout_factors(const NormArguments& p, const DropoutRule& rule,
+                                                   int64_t row, C* to) {
+  if (p.dropout_seed == nullptr) return nullptr;
+  dropout_row(rule, 0, 0, static_cast<uint32_t>(row), 0, p.d, to);
+  return to;
+}
+
+// ---- statistics
+// -----------------------------------------------------------------------------------
+
+PYFUSE_INLINE float reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+PYFUSE_INLINE double reciprocal_root(double x) { return 1.0 / __builtin_sqrt(x); }
+
+// A second pass: E[z²] - mean² would cancel where the mean is large against the deviation.
+template <int R, class C>
+PYFUSE_INLINE void sum_squared_deviations(const C* const (&z)[R], const C (&mean)[R], int64_t d,
+                                          C (&sum)[R]) {
+  const auto term = [&](const auto& at, int r) __attribute__((always_inline)) {
+    const vec_t<C> off = at.only(at.read(z[r]) - mean[r]);
+    return off * off;
+  };
+  sum_along<R, C>(d, term, sum);
+}
+
+// ---- types
+// ----------------------------------------------------------------------------------------
+
+// body(an object of the type that dtype means)
+template <class Body>
+PYFUSE_INLINE void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32:
+      return body(float{});
+    case DType::f64:
+      return body(double{});
+    case DType::bf16:
+      return body(bf16{});
+    case DType::f16:
+      return body(f16{});
+    default:
+      bad_switch_value("dtype", static_cast<int>(dtype));
+  }
+}
+// The same where it is a type that is computed in C.
+template <class C, class Body>
+PYFUSE_INLINE void with_type_of(DType dtype, const Body& body) {
+  if constexpr (same<C, double>) {
+    body(double{});
+  } else {
+    switch (dtype) {
+      case DType::f32:
+        return body(float{});
+      case DType::bf16:
+        return body(bf16{});
+      case DType::f16:
+        return body(f16{});
+      default:
+        bad_switch_value("dtype", static_cast<int>(dtype));
+    }
+  }
+}
+
+// ---- parameters
+// -----------------------------------------------------------------------------------
+
+template <class S, class C>
+PYFUSE_INLINE void convert(const S* from, int64_t d, C plus, C* to) {
+  if constexpr (same<compute_t<S>, C>) {
+    each_vector<C, 1>(d, [&](const auto& at, int) { at.write(to, at.read(from) + plus); });
+  } else {
+    for (int64_t i = 0; i < d; ++i) to[i] = static_cast<C>(to_compute(from[i])) + plus;
+  }
+}
+
+// A parameter of any dtype plus a number, as C: where it lies if that is what it is, else in `to`.
+// One that is not given is `none` throughout.
+template <class C>
+__attribute__((noinline)) const C* parameter(const void* from, DType dtype, double plus,
+                                             double none, int64_t d, C* to) {
+  const C* result = to;
+  if (from == nullptr) {
+    for (int64_t i = 0; i < d; ++i) to[i] = static_cast<C>(none);
+    return result;
+  }
+  with_type(dtype, [&](auto type) {
+    typedef decltype(type) S;
+    if (same<S, C> && plus == 0)
+      result = static_cast<const C*>(from);
+    else
+      convert(static_cast<const S*>(from), d, static_cast<C>(plus), to);
+  });
+  return result;
+}
+
+// `to`: room for it.
+template <class C>
+PYFUSE_INLINE const C* weight_of(const NormArguments& p, C* to) {
+  const double plus = p.kind == NormKind::gemma ? 1.0 : 0.0;
+  return parameter(p.weight, p.weight_dtype, plus, 1.0, p.d, to);
+}
+
+}  // namespace pyfuse::cpu::PYFUSE_ISA
