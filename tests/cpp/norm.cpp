@@ -12,6 +12,13 @@ struct Case {
   int64_t rows, d;
   bool rms, affine, residual, keep_z, round_first;
   double weight_plus;
+
+  NormKind kind() const {
+    if (!rms) return NormKind::layer;
+    return round_first ? NormKind::llama : weight_plus != 0 ? NormKind::gemma : NormKind::torch;
+  }
+  // Llama's casting promotes: a float weight times the rounded row.
+  DType y_dtype() const { return kind() == NormKind::llama && affine ? weight_dtype : dtype; }
 };
 
 struct Rows {  // [rows, d], with elements of NaN between the rows
@@ -25,9 +32,9 @@ struct Rows {  // [rows, d], with elements of NaN between the rows
 
 struct Outputs {
   Outputs(const Case& c, NormParams p, int threads)
-      : y(c.dtype, c.rows * c.d), z(c.dtype, c.keep_z ? c.rows * c.d : 0) {
-    p.y = y.data(), p.y_stride = c.d;
-    if (c.keep_z) p.z = z.data(), p.z_stride = c.d;
+      : y(c.y_dtype(), c.rows * c.d), z(c.dtype, c.keep_z ? c.rows * c.d : 0) {
+    p.y = y.data();
+    if (c.keep_z) p.z = z.data();
     p.threads = threads;
     cpu::kernels().norm(p);
   }
@@ -56,9 +63,10 @@ class Checked {
     if (c.affine) p.weight = weight.data();
     if (c.affine && !c.rms) p.bias = bias.data();
     p.rows = c.rows, p.d = c.d;
-    p.dtype = c.dtype, p.weight_dtype = c.weight_dtype;
+    p.dtype = p.z_dtype = c.dtype, p.y_dtype = c.y_dtype();
+    p.weight_dtype = p.bias_dtype = c.weight_dtype;
     p.eps = 1e-5;
-    p.rms = c.rms, p.round_first = c.round_first, p.weight_plus = c.weight_plus;
+    p.kind = c.kind();
     return p;
   }
 
