@@ -68,6 +68,7 @@ bars: $(BIN)/pyfuse models ## measure every promised figure: figure, target, met
 
 bench: $(BIN)/pyfuse ## kernels against torch, interleaved
 	$(BIN)/python -m benchmarks.bench_attention
+	$(BIN)/python -m benchmarks.bench_decode
 	$(BIN)/python -m benchmarks.bench_rope
 	$(BIN)/python -m benchmarks.bench_embed
 
