@@ -3,12 +3,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'benchmarks/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse tests benchmarks setup.py
 
-.PHONY: help demo models test lint format bars bench clean
+.PHONY: help demo models test test-cpp test-san test-arm lint format bars bench clean
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 # Installed again whenever something that is compiled or declared has changed; CMake then builds
 # only what is out of date. Python sources are used in place.
@@ -26,6 +26,32 @@ demo: $(BIN)/pyfuse ## two real models, stock and accelerated, side by side
 test: $(BIN)/pyfuse ## every test; those of the real models run once `make models` has fetched them
 	$(BIN)/python -m pytest -q
 
+# The three below need no Python, only cmake (the virtual environment's, or the system's) and a compiler.
+# ARGS: --slow, --isa=avx2, a part of a test's name.
+test-cpp test-san test-arm: export PATH := $(CURDIR)/$(BIN):$(PATH)
+define run_cpp_tests # folder of the build, options for cmake, what runs the program
+	@command -v cmake >/dev/null || { echo "$@ needs cmake (Debian: apt install cmake)" >&2; exit 1; }
+	cmake -S . -B build/$(1) -DPYFUSE_CPP_TESTS=ON $(2) >/dev/null
+	env -u MAKELEVEL -u MAKEFLAGS cmake --build build/$(1) --parallel $$(getconf _NPROCESSORS_ONLN)
+	OMP_NUM_THREADS=2 $(3) build/$(1)/cpp_tests $(ARGS)
+endef
+
+test-cpp: ## the C++ tests of the kernels, every instruction set of this machine
+	$(call run_cpp_tests,cpp,-DCMAKE_BUILD_TYPE=Release)
+
+SANITIZE := -O1 -g1 -fexpensive-optimizations -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+test-san: ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call run_cpp_tests,san,-DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="$(SANITIZE)")
+
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_LIBRARIES ?= /usr/aarch64-linux-gnu
+QEMU = $(firstword $(foreach name,qemu-aarch64-static qemu-aarch64,$(shell command -v $(name))))
+test-arm: ## the same for NEON: compiled for AArch64, run by qemu
+	@command -v $(ARM_CXX) >/dev/null && test -n "$(QEMU)" || { echo "test-arm needs $(ARM_CXX)" \
+	  "and qemu-aarch64 (Debian: apt install g++-aarch64-linux-gnu qemu-user-static)" >&2; exit 1; }
+	$(call run_cpp_tests,arm,-DCMAKE_BUILD_TYPE=Release -DCMAKE_SYSTEM_NAME=Linux \
+	  -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(ARM_CXX),$(QEMU) -L $(ARM_LIBRARIES))
+
 lint: $(BIN)/pyfuse ## ruff, formatting of Python and C++, types
 	$(BIN)/ruff check $(PY)
 	$(BIN)/ruff format --check $(PY)
@@ -42,6 +68,7 @@ bars: $(BIN)/pyfuse models ## measure every promised figure: figure, target, met
 
 bench: $(BIN)/pyfuse ## kernels against torch, interleaved
 	$(BIN)/python -m benchmarks.bench_attention
+	$(BIN)/python -m benchmarks.bench_decode
 	$(BIN)/python -m benchmarks.bench_rope
 	$(BIN)/python -m benchmarks.bench_embed
 

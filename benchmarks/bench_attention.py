@@ -1,53 +1,28 @@
-"""Attention forward, pyfuse's CPU kernels against torch's SDPA: interleaved, best of rounds.
+"""Attention, pyfuse's CPU kernels against torch's SDPA, forward and backward: every shape measured, losses included.
 
-    make bench      or      python -m benchmarks.bench_attention [--threads N]
+    make bench      or      python -m benchmarks.bench_attention [--threads N] [--quick] [--pass forward|backward]
 
-No case is timed before its result was compared with the eager formula in float64. GF/s count the two products
-of what is visible, 4·B·Hq·M·N·D (half of it when causal); GB/s count reading K and V once.
+No case is timed before its result was compared with the eager formula in float64. Times are medians of rounds in
+turns; the ratio is torch's time over pyfuse's with, in brackets, where the middle 60 % of the rounds lie. GF/s count
+the products of what is visible: 4·B·Hq·M·N·D forward, 2.5 times that backward, half of it when causal. The sweep ends
+with the shapes at which torch was faster, in a section of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import pyfuse
-from pyfuse.cli import machine, measure
+from benchmarks.attention_cases import Pass, Shape, build, check, runs
+from benchmarks.turns import Spread, in_turns, ratio
+from pyfuse.cli import machine
 
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    heads: tuple[int, int]  # of queries and of keys
-    queries: int
-    keys: int
-    d: int
-    causal: bool = False
-
-    def __str__(self) -> str:
-        kind = "causal" if self.causal else "full"
-        hq, hk = self.heads
-        return f"B{self.batch} H{hq}/{hk} M{self.queries} N{self.keys} D{self.d} {kind}"
-
-    @property
-    def flops(self) -> float:
-        visible = self.queries * self.keys * (0.5 if self.causal else 1.0)
-        return 4.0 * self.batch * self.heads[0] * visible * self.d
-
-    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """q as models hand it over: a transposed view of [B, M, H, D]."""
-        q = torch.randn(self.batch, self.queries, self.heads[0], self.d).to(dtype).transpose(1, 2)
-        k, v = (
-            torch.randn(self.batch, self.heads[1], self.keys, self.d).to(dtype) for _ in range(2)
-        )
-        return q, k, v
-
-
+F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = (
     Shape(1, (12, 12), 2048, 2048, 64),
     Shape(1, (12, 12), 2048, 2048, 64, causal=True),
@@ -60,53 +35,86 @@ SHAPES = (
     Shape(1, (32, 32), 1, 4096, 64),
     Shape(1, (9, 3), 1, 2048, 64),
 )
+LENGTHS = (16, 32, 64, 128, 197, 256, 512, 1024, 2048, 4096)
 
 
-def check(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless the kernel's error is within twice eager's own, plus 2 ulp of the largest value."""
-    one = [t[:1] for t in (q, k, v)]  # a batch alone: the truth is slow
-    exact = pyfuse.attention(*(t.double() for t in one), causal=shape.causal, backend="eager")
-    eager = pyfuse.attention(*one, causal=shape.causal, backend="eager")
-    ours = pyfuse.attention(*one, causal=shape.causal, backend="cpu")
-    own, error = ((x.double() - exact).abs().max().item() for x in (eager, ours))
-    budget = 2 * own + 2 * torch.finfo(q.dtype).eps * exact.abs().max().item()
-    if not error <= budget:
-        raise AssertionError(f"{shape}: error {error:.2e}, allowed {budget:.2e}")
+def sweep() -> Iterator[Shape]:
+    """Every length with every head size, then with masks, several sequences, grouped heads and one head."""
+    for n in LENGTHS:
+        base = Shape(1, (12, 12), n, n, 64)
+        for d in (32, 64, 80, 128):
+            yield replace(base, d=d)
+            yield replace(base, d=d, causal=True)
+        yield replace(base, mask="padding")
+        yield replace(base, mask="bias")
+        yield replace(base, heads=(9, 3), causal=True)
+        yield replace(base, heads=(1, 1))
+        if n <= 512:
+            yield replace(base, batch=8)
+            yield replace(base, batch=8, causal=True)
+            yield replace(base, batch=8, mask="padding")
+        yield replace(base, queries=1)
 
 
-def row(shape: Shape, dtype: torch.dtype) -> str:
-    q, k, v = shape.tensors(dtype)
-    check(shape, q, k, v)
-    calls = {
-        "torch": lambda: F.scaled_dot_product_attention(
-            q, k, v, is_causal=shape.causal, enable_gqa=shape.heads[0] != shape.heads[1]
-        ),
-        "pyfuse": lambda: pyfuse.attention(q, k, v, causal=shape.causal, backend="cpu"),
-    }
-    runs = {name: measure.stopwatch(call) for name, call in calls.items()}
-    best = measure.interleave(runs, rounds=30, budget=3.0)
-    ours, theirs = best["pyfuse"], best["torch"]
-    if shape.queries == 1:
-        rate = f"{(k.nbytes + v.nbytes) / ours / 1e9:6.1f} GB/s"
-    else:
-        rate = f"{shape.flops / ours / 1e9:6.0f} GF/s"
-    kind = str(dtype).removeprefix("torch.")
-    return f"{kind:9}{shape!s:36}{1e3 * ours:9.3f} ms {rate}  {theirs / ours:6.2f} x torch"
+@dataclass(frozen=True)
+class Result:
+    shape: Shape
+    dtype: torch.dtype
+    which: Pass
+    seconds: float  # of pyfuse
+    gain: Spread  # torch's time over it
+
+    def __str__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        rate = self.shape.flops(self.which) / self.seconds / 1e9
+        gain = f"{self.gain.median:6.2f} x torch ({self.gain.low:.2f} to {self.gain.high:.2f})"
+        return f"{self.which:9}{kind:9}{self.shape!s:38}{1e3 * self.seconds:9.3f} ms {rate:6.0f} GF/s {gain}"
+
+
+def measured(shape: Shape, dtype: torch.dtype, which: Pass, budget: float, least: int) -> Result:
+    problem = build(shape, dtype)
+    check(problem, which)
+    rounds = in_turns(runs(problem, which), budget=budget, least=least)
+    return Result(
+        shape, dtype, which, Spread.of(rounds["pyfuse"]).median, ratio(rounds, "torch", "pyfuse")
+    )
+
+
+def table(shapes: list[Shape], passes: tuple[Pass, ...], budget: float, least: int) -> list[Result]:
+    results = []
+    for which in passes:
+        for dtype in (F32, BF16):
+            for shape in shapes:
+                results.append(measured(shape, dtype, which, budget, least))
+                print(results[-1], flush=True)
+    return results
+
+
+def summary(results: list[Result]) -> None:
+    lost = sorted((r for r in results if r.gain.median < 1), key=lambda r: r.gain.median)
+    print(f"\ntorch was faster at {len(lost)} of {len(results)} measured:")
+    for r in lost:
+        print(f"{r}{'  in the noise' if r.gain.holds(1.0) else ''}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_attention")
     parser.add_argument("--threads", type=int, default=machine.default_threads())
-    torch.set_num_threads(parser.parse_args().threads)
+    parser.add_argument("--quick", action="store_true", help="without the sweep")
+    parser.add_argument("--pass", dest="which", choices=get_args(Pass), help="only this one")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     from pyfuse.backends.cpu import isa
 
     print(
         f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {isa()}, torch {torch.__version__}"
     )
-    with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            for shape in SHAPES:
-                print(row(shape, dtype), flush=True)
+    passes: tuple[Pass, ...] = (arguments.which,) if arguments.which else get_args(Pass)
+    results = table(list(SHAPES), passes, budget=2.0, least=7)
+    if not arguments.quick:
+        print("\nsweep")
+        results += table([s for s in sweep() if s not in SHAPES], passes, budget=0.4, least=3)
+    summary(results)
     return 0
 
 

@@ -148,3 +148,16 @@ def test_compiled(dtype: torch.dtype) -> None:
         found = torch.autograd.grad(traced.sum(), point)
     assert traced.dtype == dtype
     torch.testing.assert_close((traced, *found), (plain, *expected), rtol=0, atol=0)
+
+
+def test_appending_under_autocast_writes_into_the_callers_cache() -> None:
+    """Cast to autocast's dtype, the cache that is written to would be a copy."""
+    k_cache, v_cache = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8)
+    q, k_new, v_new = (torch.randn(1, 2, 1, 8, dtype=torch.bfloat16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        o = pyfuse.decode_attention(
+            q, k_cache, v_cache, k_new=k_new, v_new=v_new, seqlens_k=torch.tensor([1])
+        )
+    assert o.dtype == torch.float32
+    torch.testing.assert_close(k_cache[:, :, :1], k_new.float(), rtol=0, atol=0)
+    torch.testing.assert_close(o, v_new.float())

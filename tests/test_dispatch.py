@@ -110,11 +110,11 @@ def test_kernels_refuse_null_pointers() -> None:
     """A FakeTensor's data pointer is 0: that must raise, not crash."""
     from pyfuse.backends.cpu_module import module
 
+    sizes = (1, 1, 1, 1, 1, 8, 8)  # B, Hq, Hk, M, N, D, Dv
     with pytest.raises(ValueError, match="q: null data pointer"):
-        module().attention(
-            0, (1, 1, 1, 1), 1, (1, 1, 1, 1), 1, (1, 1, 1, 1), 1, (1, 1, 1, 1), 0,
-            (1, 1, 1, 1, 1, 8, 8), 0, 1.0, 0.0, -1, -1, 0, 0, 0, 1, False, 0, None, 0,
-        )  # fmt: skip
+        module().attention((sizes, 0, 0))
+    with pytest.raises(ValueError, match="q: null data pointer"):
+        module().attention_decode((sizes, 0, 0))
     with pytest.raises(ValueError, match="x: null data pointer"):
         module().linear(0, 8, 1, 8, 0, 1, 8, 1, 8, 8, 0, 0, 0, 0, 0, 0, 1)
 

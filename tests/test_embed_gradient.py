@@ -17,6 +17,7 @@ from embed_cases import (
     options,
 )
 from numerics import assert_bitwise_equal, check
+from torch import Tensor
 
 import pyfuse
 
@@ -76,10 +77,16 @@ def test_sparse_gradient(case: str, dtype: torch.dtype, target: Target) -> None:
     check(actual._values(), exact._values(), eager._values(), "values", "gradient")
 
 
-def test_sparse_gradient_reaches_the_optimizer() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sparse_gradient_reaches_the_optimizer(compiled: bool) -> None:
     weight = torch.nn.Parameter(torch.randn(V, 4))
     before, token_ids = weight.detach().clone(), torch.tensor([3, 9, 3])
-    pyfuse.embed(token_ids, weight, sparse=True).sum().backward()
+
+    def call(weight: Tensor) -> Tensor:
+        return pyfuse.embed(token_ids, weight, sparse=True)
+
+    function = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    function(weight).sum().backward()
     assert weight.grad is not None and weight.grad.is_sparse
     torch.optim.SGD([weight], lr=1.0).step()
     moved = torch.zeros(V, 4).index_add(0, token_ids, torch.ones(3, 4))

@@ -99,27 +99,25 @@ class Forward {
     for (int64_t i = 0; i < BM; ++i) t.max[i] = -static_cast<C>(INFINITY), t.sum[i] = 0;
     memset(t.o, 0, static_cast<size_t>(BM * dv_packed) * sizeof(C));
 
+    // Six rows start at the first half panel that they see, and the block goes on together.
     const int64_t lo = visible_keys(p, 0, first).lo, hi = visible_keys(p, 0, first + rows - 1).hi;
-    for (int64_t tile = lo / BN; tile * BN < hi; ++tile)
-      for (int64_t i = 0; i < rows; i += MR) fold_tile(t, head, h, first + i, tile, i);
+    for (int64_t step = 0; lo / half * half + step * BN < hi; ++step)
+      for (int64_t i = 0; i < rows; i += MR) fold_tile(t, head, h, first + i, step, i);
     for (int64_t i = 0; i < rows; ++i)
       write_row<T>(p, 0, h, first + i, t.max[i], t.sum[i], t.o + i * dv_packed);
   }
 
  private:
-  // One tile of keys against six rows, from row `first` (absolute) on.
-  void fold_tile(const Task& t, const Head& head, int64_t h, int64_t first, int64_t tile,
+  // The next BN keys against six rows, from row `first` (absolute) on.
+  void fold_tile(const Task& t, const Head& head, int64_t h, int64_t first, int64_t step,
                  int64_t local) const {
     const int64_t last = first + MR - 1 < p.queries ? first + MR - 1 : p.queries - 1;
     const KeyRange top = visible_keys(p, 0, first), bottom = visible_keys(p, 0, last);
-    const int64_t begin = tile * BN, end = bottom.hi < begin + BN ? bottom.hi : begin + BN;
-    if (begin >= end || begin + BN <= top.lo) return;
-    // Only the half panels that some row sees, keys [n, n + width).
-    const int64_t n = top.lo > begin ? begin + (top.lo - begin) / half * half : begin;
-    const int64_t count = end - n, width = (count + half - 1) / half * half;
-
-    multiply_keys<Path>(t.q + local * d_packed, d_packed, head.k + begin * d_packed, n - begin,
-                        width, p.d, t.scores);
+    const int64_t n = top.lo / half * half + step * BN;
+    const int64_t count = bottom.hi - n < BN ? bottom.hi - n : BN;
+    if (count <= 0) return;
+    const int64_t width = (count + half - 1) / half * half;  // what is computed
+    multiply_keys<Path>(t.q + local * d_packed, d_packed, head.k, n, width, p.d, t.scores);
     const bool everywhere = terms || p.mask != nullptr;
     const bool left = n<bottom.lo, right = n + width> top.hi;
     if (everywhere || (left && right)) {
@@ -136,7 +134,8 @@ class Forward {
              : softmax<false>(t, h, first, n, width, local, alpha);
     const Packed* v = head.v + n * dv_packed;
     C* o = t.o + local * dv_packed;
-    if (head.not_finite[tile] != C(0) && (edge || dropping || p.mask != nullptr)) {
+    const C poison = head.not_finite[n / BN] + head.not_finite[(n + count - 1) / BN];
+    if (poison != C(0) && (edge || dropping || p.mask != nullptr)) {
       accumulate_visible(t, v, count, alpha, o);
     } else {
       accumulate_columns<Path, MR>(t.probability, BN, Path::depth, v, dv_packed, count, alpha, o);

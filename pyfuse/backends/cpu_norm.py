@@ -69,7 +69,8 @@ def why_not_rms_norm(
     dropout_seed: Tensor | None = None,
     casting: str = "llama",
 ) -> str | None:
-    if casting == "llama" and weight is not None and x.dtype != torch.float64 == weight.dtype:
+    mixed = weight is not None and weight.dtype is torch.float64 and x.dtype is not torch.float64
+    if casting == "llama" and mixed:
         return f"casting 'llama' of {x.dtype} x with a float64 weight gives float64"
     return why_not(x, residual)
 

@@ -65,6 +65,11 @@ def backward(
     return {"x": turn(dy, dx, cos, sin, options["layout"], options["positions"], True)}
 
 
+def restore(*_: Any) -> tuple[Tensor, ...]:
+    """What forward saves is nothing."""
+    return ()
+
+
 def why_not_backward(
     needs: frozenset[str],
     x: Tensor,

@@ -194,10 +194,7 @@ def _prepared(bias: Tensor) -> Tensor | None:
 
 
 def _gradient_wanted(*tensors: Any) -> bool:
-    """Whether autograd has to see this call: stock runs then, since the kernels have no backward.
-
-    This is the one place to relax once pyfuse.attention has a backward kernel.
-    """
+    """Whether autograd has to see this call: stock runs then, so that training is the model's own, bit for bit."""
     return torch.is_grad_enabled() and any(
         isinstance(t, Tensor) and t.requires_grad for t in tensors
     )

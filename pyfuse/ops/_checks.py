@@ -30,14 +30,14 @@ def bind_dims(**arguments: tuple[Tensor, str]) -> dict[str, int]:
     for name, (tensor, spec) in arguments.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-        letters = _letters(spec)
+        letters = _known_letters.get(spec) or _letters(spec)
         shape: tuple[int, ...] = tensor.shape
         if letters and letters[0] == "...":
             letters = letters[1:]
             shape = shape[len(shape) - len(letters) :] if len(shape) > len(letters) else shape
         if len(shape) != len(letters):
             raise ValueError(_wrong_rank(name, tensor, spec))
-        for letter, size in zip(letters, shape, strict=True):
+        for letter, size in zip(letters, shape):  # noqa: B905  # as long as each other, and often called
             if sizes.setdefault(letter, size) != size:
                 raise ValueError(_wrong_size(name, letter, size, sizes[letter], arguments))
     return sizes

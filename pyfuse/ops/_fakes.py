@@ -14,7 +14,7 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = False, **_: Any
+    q: Tensor, k: Tensor, v: Tensor, *_: Tensor | None, return_lse: bool = False, **__: Any
 ) -> list[Tensor]:
     """o keeps the memory order of q ([B, M, Hq, D] as a rule)."""
     batch, heads, rows, _d = q.shape

@@ -33,9 +33,9 @@ SCHEMAS: dict[str, str] = {
     "varlen_attention": "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, bool causal, "
     "SymInt[]? window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, float dropout_p, "
     "Tensor? dropout_seed, float? scale, bool return_lse",
-    "decode_attention": "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_new, Tensor? v_new, *, Tensor seqlens_k, Tensor? block_table, "
-    "bool causal, SymInt[]? window, float? softcap, Tensor? sinks, Tensor? alibi_slopes, float? scale, "
-    "bool return_lse",
+    "decode_attention": "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_new, Tensor? v_new, *, "
+    "Tensor seqlens_k, Tensor? block_table, bool causal, SymInt[]? window, float? softcap, Tensor? sinks, "
+    "Tensor? alibi_slopes, float? scale, bool return_lse",
     "layer_norm": "Tensor x, Tensor? weight, Tensor? bias, *, float eps, Tensor? residual, bool prenorm, "
     "float dropout_p, Tensor? dropout_seed",
     "rms_norm": "Tensor x, Tensor? weight, *, float eps, Tensor? residual, bool prenorm, float dropout_p, "

@@ -66,14 +66,14 @@ def decode_attention(
         tensors |= new
     dims = bind_dims(**specs)
     if autocast_enabled():
-        if appends:  # the caller's own cache is written to: it stays as it is, and the rest follows it
+        if k_new is not None and v_new is not None:  # the cache is written to, so all follow it
             q, k_new, v_new = (t.to(k_cache.dtype) for t in (q, k_new, v_new))
+            tensors |= {"q": q, "k_new": k_new, "v_new": v_new}
         else:
             q, k_cache, v_cache, sinks, alibi_slopes = for_attention(
                 (q, k_cache, v_cache), sinks, alibi_slopes
             )
-        values = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k_new": k_new, "v_new": v_new}
-        specs = {name: (values[name], spec) for name, (_, spec) in specs.items()}
+            tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     require_floating(q=q)
     same_dtype_device(**tensors)
     unit_last_stride(**tensors)

@@ -1,0 +1,222 @@
+"""The backward of attention beyond what test_attention.py covers: many chunks of keys, packed sequences, one
+answer for every thread count, broadcast masks, what hidden keys hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numerics
+import pytest
+import torch
+from conftest import Target
+from torch import Tensor
+
+from pyfuse import attention, varlen_attention
+
+INF = float("inf")
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def gradients(
+    leaves: dict[str, Tensor], backend: str, upstream: Tensor, wide: bool = False, **options: Any
+) -> dict[str, Tensor]:
+    """Those of every leaf: q, k, v and options by name; dropout seeded alike each time."""
+    points = {n: (x.double() if wide else x).detach().requires_grad_() for n, x in leaves.items()}
+    q, k, v = (points[n] for n in "qkv")
+    given = {n: x for n, x in points.items() if n not in "qkv"} | options
+    cu_seqlens = given.pop("cu_seqlens", None)
+    torch.manual_seed(1)
+    if cu_seqlens is None:
+        o, lse = attention(q, k, v, return_lse=True, backend=backend, **given)
+    else:
+        o, lse = varlen_attention(q, k, v, *cu_seqlens, return_lse=True, backend=backend, **given)
+    loss = (o * upstream.to(o.dtype)).sum() + lse.masked_fill(lse == -INF, 0.0).sum()
+    return dict(zip(points, torch.autograd.grad(loss, list(points.values())), strict=True))
+
+
+def check(leaves: dict[str, Tensor], backend: str, upstream: Tensor, **options: Any) -> None:
+    actual = gradients(leaves, backend, upstream, **options)
+    exact = gradients(leaves, "eager", upstream, wide=True, **options)
+    eager = gradients(leaves, "eager", upstream, **options)
+    for name, grad in actual.items():
+        numerics.check(grad, exact[name], eager[name], f"d{name}", "gradient")
+
+
+# Batch, Hq, Hk, M, N: one head in many chunks, a group, more heads than one chunk each, few keys.
+LONG = [(1, 1, 1, 300, 1500), (1, 6, 2, 150, 900), (20, 4, 2, 65, 300), (2, 3, 3, 700, 64)]
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (100, 50)}], ids=str)
+@pytest.mark.parametrize("sizes", LONG, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tiles(
+    target: Target, sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    batch, hq, hk, m, n = sizes
+    leaves = {
+        "q": made(batch, hq, m, 64, dtype=dtype),
+        "k": made(batch, hk, n, 64, dtype=dtype),
+        "v": made(batch, hk, n, 32, dtype=dtype),
+    }
+    check(leaves, target.backend, made(batch, hq, m, 32), **options)
+
+
+PACKED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window-sinks": {"window": 16, "sinks": torch.linspace(-1, 1, 4)},
+    "dropout": {"dropout_p": 0.2},
+    "softcap-alibi": {"softcap": 2.0, "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 0.0625])},
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_packed_sequences(target: Target, name: str, dtype: torch.dtype) -> None:
+    """Sequences without queries, without keys or without either, and rows that belong to none."""
+    bounds = (torch.tensor([0, 5, 5, 135, 135, 196]), torch.tensor([0, 7, 11, 11, 11, 211]))
+    leaves = {
+        "q": made(199, 4, 40, dtype=dtype),
+        "k": made(213, 2, 40, dtype=dtype),
+        "v": made(213, 2, 33, dtype=dtype),
+    }
+    options: dict[str, Any] = {}
+    for key, value in PACKED[name].items():
+        if isinstance(value, Tensor):
+            leaves[key] = value.to(torch.promote_types(dtype, torch.float32))
+        else:
+            options[key] = value
+    check(leaves, target.backend, made(199, 4, 33), cu_seqlens=bounds, **options)
+
+
+@pytest.mark.usefixtures("restore_threads")
+@pytest.mark.parametrize("sizes", LONG, ids=str)
+def test_same_bits_for_every_thread_count(target: Target, sizes: tuple[int, ...]) -> None:
+    batch, hq, hk, m, n = sizes
+    leaves = {
+        "q": made(batch, hq, m, 40),
+        "k": made(batch, hk, n, 40),
+        "v": made(batch, hk, n, 40),
+        "mask": made(1, hq, m, n),
+        "sinks": made(hq),
+        "alibi_slopes": made(hq).abs(),
+    }
+    upstream = made(batch, hq, m, 40)
+    torch.set_num_threads(1)
+    expected = gradients(leaves, target.backend, upstream, causal=True, dropout_p=0.1)
+    for threads in (2, 4):
+        torch.set_num_threads(threads)
+        actual = gradients(leaves, target.backend, upstream, causal=True, dropout_p=0.1)
+        for name, grad in actual.items():
+            numerics.assert_bitwise_equal(grad, expected[name], f"d{name}, {threads} threads")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1,), (70,), (33, 1), (2, 1, 33, 70), (1, 4, 1, 70), (2, 4, 33, 1), (2, 1, 1, 70)],
+    ids=str,
+)
+def test_the_gradient_of_a_broadcast_mask_is_the_sum(
+    target: Target, shape: tuple[int, ...]
+) -> None:
+    leaves = {"q": made(2, 4, 33, 24), "k": made(2, 2, 70, 24), "v": made(2, 2, 70, 24)}
+    small = made(*shape)
+    whole = small.expand(2, 4, 33, 70).contiguous()
+    upstream = made(2, 4, 33, 24)
+    of_small = gradients(leaves | {"mask": small}, target.backend, upstream)["mask"]
+    of_whole = gradients(leaves | {"mask": whole}, target.backend, upstream)["mask"].double()
+    lead = of_whole.ndim - len(shape)
+    kept = [i for i in range(4) if i >= lead and shape[i - lead] != 1]
+    summed = of_whole.sum([i for i in range(4) if i not in kept], keepdim=True)
+    torch.testing.assert_close(of_small.double(), summed.reshape(shape), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"window": (3, 0)}, {}], ids=str)
+def test_hidden_keys_may_hold_nan(target: Target, options: dict[str, Any]) -> None:
+    """Neither the result nor any gradient of a query that does not see it."""
+    leaves = {"q": made(2, 2, 90, 24), "k": made(2, 2, 200, 24), "v": made(2, 2, 200, 24)}
+    upstream = made(2, 2, 90, 24)
+    mask = torch.ones(200, dtype=torch.bool)
+    mask[[7, 120, 199]] = False
+    expected = gradients(leaves, target.backend, upstream, mask=mask, **options)
+    poisoned = {n: x.clone() for n, x in leaves.items()}
+    poisoned["k"][:, :, ~mask] = float("nan")
+    poisoned["v"][:, :, ~mask] = float("nan")
+    actual = gradients(poisoned, target.backend, upstream, mask=mask, **options)
+    for name in "qkv":
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
+        hidden = actual[name][:, :, ~mask] if name != "q" else torch.zeros(())
+        assert not hidden.any()
+
+
+def test_a_nan_stays_with_the_queries_that_see_it(target: Target) -> None:
+    leaves = {"q": made(1, 1, 90, 24), "k": made(1, 1, 90, 24), "v": made(1, 1, 90, 24)}
+    leaves["k"][0, 0, 60, 3] = float("nan")
+    d_q = gradients(leaves, target.backend, made(1, 1, 90, 24), causal=True)["q"][0, 0]
+    assert d_q[:60].isfinite().all() and d_q[60:].isnan().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_no_queries_or_no_keys(target: Target, sizes: tuple[int, int]) -> None:
+    m, n = sizes
+    leaves = {"q": made(2, 2, m, 8), "k": made(2, 2, n, 8), "v": made(2, 2, n, 8)}
+    for name, grad in gradients(leaves, target.backend, made(2, 2, m, 8)).items():
+        assert grad.shape == leaves[name].shape and not grad.any()
+
+
+def test_only_what_is_wanted(target: Target) -> None:
+    """A bias alone, as of a frozen model with trained positions; upstream gradients that are expanded."""
+    q, k, v = made(1, 2, 9, 8), made(1, 2, 9, 8), made(1, 2, 9, 8)
+    found = []
+    for backend in (target.backend, "eager"):
+        bias = torch.zeros(9, 9, requires_grad=True)
+        attention(q, k, v, mask=bias, backend=backend).sum().backward()
+        assert bias.grad is not None
+        found.append(bias.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["attention", "varlen"])
+def test_derivatives_in_float64(target: Target, kind: str) -> None:
+    """gradcheck by the kernels, gradgradcheck through the formula."""
+    shape = (11, 2, 5) if kind == "varlen" else (1, 2, 5, 5)
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    bounds = torch.tensor([0, 4, 11])
+
+    def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, slopes: Tensor) -> Any:
+        options = {"sinks": sinks, "alibi_slopes": slopes, "softcap": 3.0, "causal": True}
+        torch.manual_seed(3)
+        if kind == "varlen":
+            return varlen_attention(
+                q, k, v, bounds, bounds, dropout_p=0.3, return_lse=True, **options
+            )
+        return attention(q, k, v, dropout_p=0.3, return_lse=True, **options)
+
+    point = (q, k, v, sinks, slopes)
+    torch.autograd.gradcheck(function, point)
+    torch.autograd.gradgradcheck(function, point)
+
+
+def test_dropout_drops_what_eager_drops(target: Target) -> None:
+    """With v the identity, o holds the weights, so that zeros show the mask; bit by bit the same."""
+    q, k = made(2, 2, 70, 16), made(2, 2, 130, 16)
+    v = torch.eye(130).expand(2, 2, 130, 130)
+    dropped = []
+    for backend in (target.backend, "eager"):
+        torch.manual_seed(5)
+        dropped.append(attention(q, k, v, dropout_p=0.4, backend=backend) == 0)
+    assert torch.equal(dropped[0], dropped[1])
+    assert 0.38 < dropped[0].double().mean() < 0.42
