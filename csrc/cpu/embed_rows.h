@@ -1,56 +1,10 @@
-// The rows that an embedding adds up, and loops over their vectors: for its two directions.
+// The rows that an embedding adds up: for its two directions.
 #pragma once
 #include "cpu/isa.h"
 #include "cpu/philox.h"
-#include "cpu/vec.h"
+#include "cpu/row_vectors.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
-
-// The vector that a loop stands on: a whole one, or the last with `count` lanes.
-template <class C>
-struct Whole {
-  static constexpr int64_t count = Vec<C>::width;
-  int64_t i;
-  template <class X>
-  PYFUSE_INLINE auto operator()(const X* from) const {
-    return load(from + i);
-  }
-  template <class X, class V>
-  PYFUSE_INLINE void put(X* to, V v) const {
-    store(to + i, v);
-  }
-};
-struct Part {
-  int64_t i, count;
-  template <class X>
-  PYFUSE_INLINE auto operator()(const X* from) const {
-    return load(from + i, count);
-  }
-  template <class X, class V>
-  PYFUSE_INLINE void put(X* to, V v) const {
-    store(to + i, v, count);
-  }
-};
-
-// A sum over a row is kept in as many parts, to hide the latency of an addition.
-constexpr int accumulators = 4;
-template <class V>
-PYFUSE_INLINE V combine(const V (&part)[accumulators]) {
-  return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-#define PYFUSE_INLINE_BODY __attribute__((always_inline))
-
-// body(vector, part of a sum) for the vectors of d elements of computed type C.
-template <class C, class Body>
-PYFUSE_INLINE void for_vectors(int64_t d, const Body& body) {
-  constexpr int64_t w = Vec<C>::width;
-  int64_t i = 0;
-  for (; i + accumulators * w <= d; i += accumulators * w)
-    PYFUSE_UNROLL for (int a = 0; a < accumulators; ++a) body(Whole<C>{i + a * w}, a);
-  for (; i + w <= d; i += w) body(Whole<C>{i}, 0);
-  if (i < d) body(Part{i, d - i}, 1);
-}
 
 PYFUSE_INLINE int64_t row_of(const EmbedTable& table, int64_t token) {
   const int64_t at = token % table.id_count;

@@ -2,6 +2,7 @@
 // between the passes: memory is read once and written once.
 #include "cpu/norm_row.h"
 #include "cpu/parallel.h"
+#include "cpu/workspace.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
@@ -34,8 +35,8 @@ PYFUSE_INLINE void read_rows(const NormParams& p, const Call<C>& call, const Scr
   if (scratch.rows == nullptr) {
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) z[r] =
         static_cast<const C*>(p.x) + (row + r) * p.x_stride;
-    const auto term = [&](const auto& at, int r) __attribute__((always_inline)) {
-      const vec_t<C> v = at.read(z[r]);
+    const auto term = [&](const auto& at, int r) PYFUSE_INLINE_BODY {
+      const vec_t<C> v = at(z[r]);
       return rms ? v * v : v;
     };
     return sum_along<R, C>(p.d, term, sum);
@@ -57,15 +58,15 @@ PYFUSE_INLINE void write_rows(const NormParams& p, const Call<C> call, int64_t r
   Y* y = static_cast<Y*>(p.y) + row * p.d;
   const int64_t d = p.d, next_row = row + R < p.rows ? row + R : row;
   const T* next = static_cast<const T*>(p.x) + next_row * p.x_stride;
-  each_vector<C, 4>(d, [&](const auto& at, int) __attribute__((always_inline)) {
-    const vec_t<C> weight = at.read(call.weight);
-    const vec_t<C> bias = rms ? vec_t<C>{} : at.read(call.bias);
+  for_vectors<C, 4>(d, [&](const auto& at, int) PYFUSE_INLINE_BODY {
+    const vec_t<C> weight = at(call.weight);
+    const vec_t<C> bias = rms ? vec_t<C>{} : at(call.bias);
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
       if (streamed) __builtin_prefetch(next + r * p.x_stride + at.i);
-      const vec_t<C> v = at.read(z[r]);
+      const vec_t<C> v = at(z[r]);
       vec_t<C> n = rms ? v * rstd[r] : (v - mean[r]) * rstd[r];
       if (rms && call.round_first) n = round_to<T>(n);
-      at.template write<streamed>(y + r * d, rms ? n * weight : n * weight + bias);
+      at.template put<streamed>(y + r * d, rms ? n * weight : n * weight + bias);
     }
   });
 }

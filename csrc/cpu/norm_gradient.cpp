@@ -7,6 +7,7 @@
 // not depend on the number of threads.
 #include "cpu/norm_gradient_rows.h"
 #include "cpu/parallel.h"
+#include "cpu/workspace.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
@@ -21,7 +22,7 @@ constexpr int64_t min_chunk = 256;      // columns of a task that adds the block
 // to += from, for d elements.
 template <class C>
 PYFUSE_INLINE void add_to(const C* from, int64_t d, C* to) {
-  each_vector<C, 1>(d, [&](const auto& at, int) { at.write(to, at.read(to) + at.read(from)); });
+  for_vectors<C, 1>(d, [&](const auto& at, int) { at.put(to, at(to) + at(from)); });
 }
 
 // The rows [begin, end), at most leaf_rows; they are added to scratch's sums.

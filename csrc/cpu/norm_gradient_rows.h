@@ -94,7 +94,7 @@ PYFUSE_INLINE void read_rows(const NormGradientParams& p, const Call<C>& call,
     }
   }
   if (!rms && call.in_place) {
-    sum_along<R, C>(p.d, [&](const auto& at, int r) { return at.read(rows.z[r]); }, rows.mean);
+    sum_along<R, C>(p.d, [&](const auto& at, int r) { return at(rows.z[r]); }, rows.mean);
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) rows.mean[r] /= count;
   }
   PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
@@ -120,12 +120,12 @@ __attribute__((noinline)) void reduce_rows(const NormGradientParams& p, int64_t 
   const Y* dy = static_cast<const Y*>(p.dy) + row * p.dy_stride;
   const int64_t stride = p.dy_stride;
   const Rows<R, C> given = rows;
-  each_vector<C, steps>(p.d, [&](const auto& at, int s) __attribute__((always_inline)) {
-    const V w = at.read(weight);
+  for_vectors<C, steps>(p.d, [&](const auto& at, int s) PYFUSE_INLINE_BODY {
+    const V w = at(weight);
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
-      const V v = at.read(dy + r * stride), g = v * w, z = at.read(given.z[r]);
+      const V v = at(dy + r * stride), g = v * w, z = at(given.z[r]);
       const V off = rms ? z : at.only(z - given.mean[r]);
-      if (!same<Y, C>) at.write(dy_room.row(r), v);
+      if (!same<Y, C>) at.put(dy_room.row(r), v);
       squares[r][s] += off * off;
       along[r][s] += g * off;
       if (!rms) plain[r][s] += g;
@@ -146,24 +146,24 @@ template <bool rms, bool parameters, bool streamed, class O, int R, class C>
 __attribute__((noinline)) void finish_rows(const Rows<R, C> rows, int64_t d, const C* weight,
                                            C* dweight, C* dbias, O* to, int64_t to_stride) {
   typedef vec_t<C> V;
-  each_vector<C, 1>(d, [&](const auto& at, int) __attribute__((always_inline)) {
-    const V w = at.read(weight);
+  for_vectors<C, 1>(d, [&](const auto& at, int) PYFUSE_INLINE_BODY {
+    const V w = at(weight);
     V sum_weight{}, sum_bias{};  // continued row by row, so that R changes no bit
-    if (parameters) sum_weight = at.read(dweight);
-    if (parameters && !rms) sum_bias = at.read(dbias);
+    if (parameters) sum_weight = at(dweight);
+    if (parameters && !rms) sum_bias = at(dbias);
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) {
-      const V dy = at.read(rows.dy[r]), z = at.read(rows.z[r]);
+      const V dy = at(rows.dy[r]), z = at(rows.z[r]);
       const V n = (rms ? z : z - rows.mean[r]) * rows.rstd[r];
       sum_weight += dy * n;
       sum_bias += dy;
       if (to == nullptr) continue;
       V out = dy * w * rows.rstd[r] - n * rows.slope[r];
       if (!rms) out -= rows.offset[r];
-      if (rows.dz[r] != nullptr) out += at.read(rows.dz[r]);
-      at.template write<streamed>(to + r * to_stride, out);
+      if (rows.dz[r] != nullptr) out += at(rows.dz[r]);
+      at.template put<streamed>(to + r * to_stride, out);
     }
-    if (parameters) at.write(dweight, sum_weight);
-    if (parameters && !rms) at.write(dbias, sum_bias);
+    if (parameters) at.put(dweight, sum_weight);
+    if (parameters && !rms) at.put(dbias, sum_bias);
   });
 }
 template <bool rms, class O, int R, class C>
@@ -187,10 +187,10 @@ void emit(const NormArguments& p, const C* dz, const C* factor, int64_t row, DTy
   if (result == nullptr) return;
   with_type_of<C>(dtype, [&](auto type) {
     auto* to = static_cast<decltype(type)*>(result) + row * p.d;
-    each_vector<C, 1>(p.d, [&](const auto& at, int) __attribute__((always_inline)) {
-      const vec_t<C> v = at.read(dz);
-      const vec_t<C> out = factor == nullptr ? v : apply_dropout(v, at.read(factor));
-      p.stream ? at.template write<true>(to, out) : at.write(to, out);
+    for_vectors<C, 1>(p.d, [&](const auto& at, int) PYFUSE_INLINE_BODY {
+      const vec_t<C> v = at(dz);
+      const vec_t<C> out = factor == nullptr ? v : apply_dropout(v, at(factor));
+      p.stream ? at.template put<true>(to, out) : at.put(to, out);
     });
   });
 }

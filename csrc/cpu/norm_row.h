@@ -4,9 +4,7 @@
 #pragma once
 #include "cpu/isa.h"
 #include "cpu/philox.h"
-#include "cpu/stream.h"
-#include "cpu/vec.h"
-#include "cpu/workspace.h"
+#include "cpu/row_vectors.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 
@@ -19,62 +17,14 @@ constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-// ---- a walk along a row -------------------------------------------------------------------------
-
-// Where the walk stands: at a whole vector, or at the n lanes that are left.
-template <class C>
-struct Whole {
-  int64_t i;
-  template <class T>
-  PYFUSE_INLINE vec_t<T> read(const T* row) const {
-    return load(row + i);
-  }
-  template <bool streamed = false, class T>
-  PYFUSE_INLINE void write(T* row, vec_t<T> v) const {
-    streamed ? stream(row + i, v) : store(row + i, v);
-  }
-  PYFUSE_INLINE vec_t<C> only(vec_t<C> v) const { return v; }
-};
-template <class C>
-struct Part {
-  int64_t i, n;
-  template <class T>
-  PYFUSE_INLINE vec_t<T> read(const T* row) const {
-    return load(row + i, n);
-  }
-  template <bool streamed = false, class T>
-  PYFUSE_INLINE void write(T* row, vec_t<T> v) const {
-    store(row + i, v, n);
-  }
-  // v where there are elements, else 0.
-  PYFUSE_INLINE vec_t<C> only(vec_t<C> v) const {
-    return iota<C>() < static_cast<C>(n) ? v : vec_t<C>{};
-  }
-};
-
-constexpr int accumulators = 4;  // independent sums of a row, to hide the latency of an addition
-
-// body(where, step) along d elements; step counts to `unroll`, again and again.
-template <class C, int unroll, class Body>
-PYFUSE_INLINE void each_vector(int64_t d, const Body& body) {
-  constexpr int64_t w = Vec<C>::width;
-  int64_t i = 0;
-  for (; i + unroll * w <= d; i += unroll * w)
-    PYFUSE_UNROLL for (int step = 0; step < unroll; ++step) body(Whole<C>{i + step * w}, step);
-  if (unroll > 1)
-    for (; i + w <= d; i += w) body(Whole<C>{i}, 0);
-  if (i < d) body(Part<C>{i, d - i}, unroll - 1);
-}
-
 // sum[r]: the sum of term(where, r) over row r of R, in an order that depends on d alone.
 template <int R, class C, class Term>
 PYFUSE_INLINE void sum_along(int64_t d, const Term& term, C (&sum)[R]) {
   vec_t<C> sums[R][accumulators] = {};
-  each_vector<C, accumulators>(d, [&](const auto& at, int a) __attribute__((always_inline)) {
+  for_vectors<C>(d, [&](const auto& at, int a) PYFUSE_INLINE_BODY {
     PYFUSE_UNROLL for (int r = 0; r < R; ++r) sums[r][a] += term(at, r);
   });
-  PYFUSE_UNROLL for (int r = 0; r < R; ++r) sum[r] =
-      reduce_add((sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]));
+  PYFUSE_UNROLL for (int r = 0; r < R; ++r) sum[r] = reduce_add(combine(sums[r]));
 }
 
 template <class T>
@@ -85,8 +35,7 @@ PYFUSE_INLINE vec_t<T> round_to(vec_t<T> v) {
   return load(lane);
 }
 
-// ---- z = dropout(x) + residual
-// --------------------------------------------------------------------
+// ---- z = dropout(x) + residual ----------------------------------------------------------------
 
 // v where it is kept, scaled; 0 where it is dropped, even if v is not finite.
 template <class V>
@@ -112,18 +61,17 @@ template <bool dropped, bool added, class T, class Z, class C>
 PYFUSE_INLINE Sums<C> gather(const Operands<T, Z> from, int64_t d, C* row, Z* copy, bool streamed) {
   typedef vec_t<T> V;
   V plain[accumulators] = {}, squares[accumulators] = {};
-  each_vector<C, accumulators>(d, [&](const auto& at, int a) __attribute__((always_inline)) {
-    V v = at.read(from.x);
-    if (dropped) v = apply_dropout(v, at.read(from.factor));
-    if (added) v += at.read(from.residual);
+  for_vectors<C>(d, [&](const auto& at, int a) PYFUSE_INLINE_BODY {
+    V v = at(from.x);
+    if (dropped) v = apply_dropout(v, at(from.factor));
+    if (added) v += at(from.residual);
     if (dropped || added) v = round_to<Z>(v);
-    at.write(row, v);
-    if (copy != nullptr) streamed ? at.template write<true>(copy, v) : at.write(copy, v);
+    at.put(row, v);
+    if (copy != nullptr) streamed ? at.template put<true>(copy, v) : at.put(copy, v);
     plain[a] += v;
     squares[a] += v * v;
   });
-  return {reduce_add((plain[0] + plain[1]) + (plain[2] + plain[3])),
-          reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]))};
+  return {reduce_add(combine(plain)), reduce_add(combine(squares))};
 }
 
 // The same for row `row` of p's operands, to the row of z at `copies` (null: not wanted). Not
@@ -157,8 +105,7 @@ __attribute__((noinline)) const C* dropout_factors(const NormArguments& p, const
   return to;
 }
 
-// ---- statistics
-// -----------------------------------------------------------------------------------
+// ---- statistics ---------------------------------------------------------------------------------
 
 PYFUSE_INLINE float reciprocal_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 PYFUSE_INLINE double reciprocal_root(double x) { return 1.0 / __builtin_sqrt(x); }
@@ -167,15 +114,14 @@ PYFUSE_INLINE double reciprocal_root(double x) { return 1.0 / __builtin_sqrt(x);
 template <int R, class C>
 PYFUSE_INLINE void sum_squared_deviations(const C* const (&z)[R], const C (&mean)[R], int64_t d,
                                           C (&sum)[R]) {
-  const auto term = [&](const auto& at, int r) __attribute__((always_inline)) {
-    const vec_t<C> off = at.only(at.read(z[r]) - mean[r]);
+  const auto term = [&](const auto& at, int r) PYFUSE_INLINE_BODY {
+    const vec_t<C> off = at.only(at(z[r]) - mean[r]);
     return off * off;
   };
   sum_along<R, C>(d, term, sum);
 }
 
-// ---- types
-// ----------------------------------------------------------------------------------------
+// ---- types --------------------------------------------------------------------------------------
 
 // body(an object of the type that dtype means)
 template <class Body>
@@ -212,13 +158,12 @@ PYFUSE_INLINE void with_type_of(DType dtype, const Body& body) {
   }
 }
 
-// ---- parameters
-// -----------------------------------------------------------------------------------
+// ---- parameters ---------------------------------------------------------------------------------
 
 template <class S, class C>
 PYFUSE_INLINE void convert(const S* from, int64_t d, C plus, C* to) {
   if constexpr (same<compute_t<S>, C>) {
-    each_vector<C, 1>(d, [&](const auto& at, int) { at.write(to, at.read(from) + plus); });
+    for_vectors<C, 1>(d, [&](const auto& at, int) { at.put(to, at(from) + plus); });
   } else {
     for (int64_t i = 0; i < d; ++i) to[i] = static_cast<C>(to_compute(from[i])) + plus;
   }
