@@ -71,6 +71,7 @@ bench: $(BIN)/pyfuse ## kernels against torch, interleaved
 	$(BIN)/python -m benchmarks.bench_decode
 	$(BIN)/python -m benchmarks.bench_rope
 	$(BIN)/python -m benchmarks.bench_embed
+	$(BIN)/python -m benchmarks.bench_norm
 
 clean: ## remove what was built, keep the models
 	rm -rf $(VENV) build dist *.egg-info pyfuse/*.so

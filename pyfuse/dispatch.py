@@ -70,9 +70,8 @@ class Explanation:
 
     op: str
     candidates: tuple[Candidate, ...]
-    needs: tuple[
-        str, ...
-    ] = ()  # the arguments whose gradient is wanted: forward and backward are chosen together
+    # The arguments whose gradient is wanted: forward and backward are chosen together.
+    needs: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> str | None:
@@ -86,9 +85,8 @@ class Explanation:
         return "\n".join(lines)
 
 
-_is_dynamo_compiling = (
-    torch.compiler.is_dynamo_compiling
-)  # other tracers come with tensors or modes of their own
+# Other tracers come with tensors or modes of their own.
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _named: ContextVar[str | None] = ContextVar("pyfuse_backend", default=None)
 _explaining: ContextVar[bool] = ContextVar("pyfuse_explaining", default=False)
 

@@ -220,3 +220,11 @@ def test_dropout_drops_what_eager_drops(target: Target) -> None:
         dropped.append(attention(q, k, v, dropout_p=0.4, backend=backend) == 0)
     assert torch.equal(dropped[0], dropped[1])
     assert 0.38 < dropped[0].double().mean() < 0.42
+
+
+def test_no_sequences(target: Target) -> None:
+    """Rows that belong to none of no sequences: zeros, and zero gradients."""
+    leaves = {"q": made(3, 2, 8), "k": made(4, 2, 8), "v": made(4, 2, 8)}
+    bounds = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    for grad in gradients(leaves, target.backend, made(3, 2, 8), cu_seqlens=bounds).values():
+        assert not grad.any()

@@ -24,7 +24,7 @@ int64_t check_sequences(const int64_t* cu_seqlens, int64_t batch, int64_t rows, 
   return longest;
 }
 
-// The order is that of pyfuse/backends/cpu_attention.py, `_call`.
+// The order is that of pyfuse/backends/cpu_attention.py, `call_arguments`.
 AttentionParams read_call(const py::tuple& call) {
   Arguments from(call);
   AttentionParams p{};
@@ -116,15 +116,12 @@ void run_gradient(const AttentionGradientParams& g) {
 }
 
 void attention_gradient(const py::tuple& call, const py::tuple& gradient) {
-  const AttentionGradientParams g = read_gradient(read_call(call), gradient);
-  run_gradient(g);
+  run_gradient(read_gradient(read_call(call), gradient));
 }
 
 void varlen_attention_gradient(const py::tuple& call, uintptr_t cu_seqlens_q,
                                uintptr_t cu_seqlens_k, const py::tuple& gradient) {
-  const AttentionGradientParams g =
-      read_gradient(read_packed_call(call, cu_seqlens_q, cu_seqlens_k), gradient);
-  run_gradient(g);
+  run_gradient(read_gradient(read_packed_call(call, cu_seqlens_q, cu_seqlens_k), gradient));
 }
 
 }  // namespace

@@ -269,22 +269,9 @@ void run(const AttentionParams& p) {
 }  // namespace
 
 void attention(const AttentionParams& p) {
-  switch (p.dtype) {
-    case DType::f32:
-      return run<float, Wide<float>>(p);
-#if defined(__AVX512BF16__)
-    case DType::bf16:
-      return run<bf16, Dot>(p);
-#else
-    case DType::bf16:
-      return run<bf16, Wide<float>>(p);
-#endif
-    case DType::f16:
-      return run<f16, Wide<float>>(p);
-    case DType::f64:
-      return run<double, Wide<double>>(p);
-  }
-  bad_switch_value("attention: dtype", static_cast<int>(p.dtype));
+  with_types(p.dtype, "attention: dtype", [&](auto types) {
+    run<typename decltype(types)::Stored, typename decltype(types)::Path>(p);
+  });
 }
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA

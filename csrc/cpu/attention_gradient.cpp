@@ -16,7 +16,8 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
-constexpr int64_t TASKS = 64;                  // wanted, so that few heads still use many threads
+constexpr int64_t TASKS =
+    32;  // wanted, so that few heads use many threads; each packs its queries anew
 constexpr int64_t MEMORY = int64_t{32} << 20;  // bytes for the chunks' dQ, if one head fits
 
 // Row `row` of T at `to` = scale · from, d elements.
@@ -178,6 +179,7 @@ void run(const AttentionGradientParams& g) {
   typedef typename Path::Compute C;
   const AttentionParams& p = g.call;
   const int64_t heads = p.batch * p.heads_k;
+  if (heads == 0) return;
   const Sequence longest(g);
   const int64_t most_chunks = longest.chunks(heads);
   const int64_t dq_bytes = Workspace::round_up(longest.dq_size() * static_cast<int64_t>(sizeof(C)));
@@ -221,22 +223,9 @@ void run(const AttentionGradientParams& g) {
 }  // namespace
 
 void attention_gradient(const AttentionGradientParams& g) {
-  switch (g.call.dtype) {
-    case DType::f32:
-      return run<float, Wide<float>>(g);
-#if defined(__AVX512BF16__)
-    case DType::bf16:
-      return run<bf16, Dot>(g);
-#else
-    case DType::bf16:
-      return run<bf16, Wide<float>>(g);
-#endif
-    case DType::f16:
-      return run<f16, Wide<float>>(g);
-    case DType::f64:
-      return run<double, Wide<double>>(g);
-  }
-  bad_switch_value("attention_gradient: dtype", static_cast<int>(g.call.dtype));
+  with_types(g.call.dtype, "attention_gradient: dtype", [&](auto types) {
+    run<typename decltype(types)::Stored, typename decltype(types)::Path>(g);
+  });
 }
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA

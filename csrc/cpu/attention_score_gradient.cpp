@@ -189,22 +189,9 @@ class ScoreGradient {
 }  // namespace
 
 void attention_score_gradient(const AttentionGradientParams& g) {
-  switch (g.call.dtype) {
-    case DType::f32:
-      return ScoreGradient<float, Wide<float>>(g).run();
-#if defined(__AVX512BF16__)
-    case DType::bf16:
-      return ScoreGradient<bf16, Dot>(g).run();
-#else
-    case DType::bf16:
-      return ScoreGradient<bf16, Wide<float>>(g).run();
-#endif
-    case DType::f16:
-      return ScoreGradient<f16, Wide<float>>(g).run();
-    case DType::f64:
-      return ScoreGradient<double, Wide<double>>(g).run();
-  }
-  bad_switch_value("attention_score_gradient: dtype", static_cast<int>(g.call.dtype));
+  with_types(g.call.dtype, "attention_score_gradient: dtype", [&](auto types) {
+    ScoreGradient<typename decltype(types)::Stored, typename decltype(types)::Path>(g).run();
+  });
 }
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA

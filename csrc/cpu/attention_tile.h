@@ -6,6 +6,7 @@
 // Wide<C>: everything in the compute type C. Dot: bf16 pairs for the bf16 dot product, K as
 // [D/2][NR][2], V as [keys/2][Dv][2], P rounded to bf16; products are exact, sums in float.
 #pragma once
+#include "cpu/isa.h"
 #include "cpu/tile_product.h"
 #include "cpu/transpose.h"
 #include "cpu/vec_math.h"
@@ -264,6 +265,34 @@ inline void accumulate_columns(const typename Path::Packed* weights, int64_t row
         break;
     }
   }
+}
+
+// What a dtype is stored as, and the products it goes through.
+template <class T, class P>
+struct Types {
+  typedef T Stored;
+  typedef P Path;
+};
+
+// run(Types<...>) for a dtype; `op` names the caller if there is none.
+template <class Run>
+inline void with_types(DType dtype, const char* op, const Run& run) {
+  switch (dtype) {
+    case DType::f32:
+      return run(Types<float, Wide<float>>{});
+#if defined(__AVX512BF16__)
+    case DType::bf16:
+      return run(Types<bf16, Dot>{});
+#else
+    case DType::bf16:
+      return run(Types<bf16, Wide<float>>{});
+#endif
+    case DType::f16:
+      return run(Types<f16, Wide<float>>{});
+    case DType::f64:
+      return run(Types<double, Wide<double>>{});
+  }
+  bad_switch_value(op, static_cast<int>(dtype));
 }
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA
