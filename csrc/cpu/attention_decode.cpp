@@ -15,7 +15,7 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 256;          // keys of a task: 64 KiB of K at D = 64 in float
+constexpr int64_t CHUNK = 512;          // keys of a task: 128 KiB of K at D = 64 in float
 constexpr int64_t MOST_ROWS = 64;       // that one pass over the keys serves
 constexpr int64_t AHEAD_BYTES = 10240;  // of rows being fetched while others are computed with
 constexpr int64_t MOST_AHEAD = 256;
