@@ -20,6 +20,9 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
+// Memory is asked for the next head's rows where all heads are more than the caches hold, and one
+// of them can wait in the second-level cache.
+constexpr int64_t CACHED = int64_t{12} << 20, MOST_FETCHED = 256 * 1024;
 constexpr int BM = 8 * MR;  // rows of a task: enough to pay for reading a tile of K and V
 
 // The work on one sequence (attention_sequence.h).
@@ -30,6 +33,7 @@ class Forward {
   typedef typename Path::V V;
   static constexpr int W = Path::W, NR = Path::NR, BN = Path::BN;
   static constexpr int64_t half = half_panel<Path>;
+  static constexpr int ROW_VECTORS = (MR + W - 1) / W;  // that hold a number for each of six rows
 
   const AttentionParams p;
   const int64_t d_packed = Path::packed_length(p.d);
@@ -39,6 +43,13 @@ class Forward {
   const DropoutRule dropout =
       p.dropout_p > 0 ? dropout_rule(p.dropout_seed, p.dropout_p) : DropoutRule{};
 
+  // The cache lines of a row; it may begin anywhere in the first.
+  template <int write, int level>
+  static void fetch(const T* row, int64_t length) {
+    const char* const end = reinterpret_cast<const char*>(row + length);
+    for (const char* line = reinterpret_cast<const char*>(row); line < end; line += 64)
+      __builtin_prefetch(line, write, level);
+  }
   static const T* at(const void* base, const int64_t (&stride)[3], int64_t h, int64_t row) {
     return static_cast<const T*>(base) + h * stride[1] + row * stride[2];
   }
@@ -88,11 +99,40 @@ class Forward {
                                          p.v_stride[2], count, BN, p.dv, dv_packed);
   }
 
-  void run_block(const Task& t, const Head& head, int64_t h, int64_t block) const {
+  // The rows of K, V and Q with which a key head's work begins, asked for little by little: all at
+  // once they would wait for each other, and the arithmetic for them.
+  struct Ahead {
+    int64_t hk, row, end, step;
+  };
+  Ahead ahead(int64_t hk) const {
+    const int64_t rows = p.keys > p.queries ? p.keys : p.queries;
+    const int64_t folds = group * (p.queries + MR - 1) / MR * tiles;
+    return {hk, 0, rows, folds > 0 ? (rows + folds - 1) / folds : rows};
+  }
+  void fetch_some(Ahead& x) const {
+    const int64_t end = x.row + x.step < x.end ? x.row + x.step : x.end;
+    for (; x.row < end; ++x.row) {
+      if (x.row < p.keys) {
+        fetch<0, 2>(at(p.k, p.k_stride, x.hk, x.row), p.d);
+        fetch<0, 2>(at(p.v, p.v_stride, x.hk, x.row), p.dv);
+      }
+      if (x.row < p.queries) fetch<0, 2>(at(p.q, p.q_stride, x.hk * group, x.row), p.d);
+    }
+  }
+  // What that is, in bytes.
+  int64_t head_bytes() const {
+    return (p.keys * (p.d + p.dv) + p.queries * p.d) * static_cast<int64_t>(sizeof(T));
+  }
+
+  template <class Meanwhile>
+  void run_block(const Task& t, const Head& head, int64_t h, int64_t block,
+                 const Meanwhile& meanwhile) const {
     const int64_t first = block * BM;
     const int64_t rows = p.queries - first < BM ? p.queries - first : BM;
     for (int64_t i = 0; i < rows; ++i)
       Path::pack_q(t.q + i * d_packed, at(p.q, p.q_stride, h, first + i), p.d);
+    for (int64_t i = 0; i < rows; ++i)  // written at the end, when they have arrived
+      fetch<1, 3>(at(p.o, p.o_stride, h, first + i), p.dv);
     // The block of six is always computed whole: rows past the end repeat zeros and are not stored.
     for (int64_t i = rows; i < BM && i % MR != 0; ++i)
       memset(t.q + i * d_packed, 0, static_cast<size_t>(d_packed) * sizeof(Packed));
@@ -102,7 +142,10 @@ class Forward {
     // Six rows start at the first half panel that they see, and the block goes on together.
     const int64_t lo = visible_keys(p, 0, first).lo, hi = visible_keys(p, 0, first + rows - 1).hi;
     for (int64_t step = 0; lo / half * half + step * BN < hi; ++step)
-      for (int64_t i = 0; i < rows; i += MR) fold_tile(t, head, h, first + i, step, i);
+      for (int64_t i = 0; i < rows; i += MR) {
+        meanwhile();
+        fold_tile(t, head, h, first + i, step, i);
+      }
     for (int64_t i = 0; i < rows; ++i)
       write_row<T>(p, 0, h, first + i, t.max[i], t.sum[i], t.o + i * dv_packed);
   }
@@ -128,7 +171,7 @@ class Forward {
     } else if (right) {
       finish(t, h, first, last, n, top.hi > n ? (top.hi - n) / half * half : 0, width);
     }
-    C alpha[MR];
+    alignas(64) C alpha[ROW_VECTORS * W];
     const bool edge = left || right, dropping = p.dropout_p > 0;
     dropping ? softmax<true>(t, h, first, n, width, local, alpha)
              : softmax<false>(t, h, first, n, width, local, alpha);
@@ -153,49 +196,54 @@ class Forward {
   }
 
   // scores -> probabilities of six rows; updates max and sum, leaves the rescaling factors in
-  // alpha. In three passes, so that the rows' chains of dependent instructions run side by side.
+  // alpha. What there is one of per row lies in the lanes of a vector.
   template <bool dropping>
   void softmax(const Task& t, int64_t h, int64_t first, int64_t n, int64_t width, int64_t local,
-               C (&alpha)[MR]) const {
-    C *const max = t.max + local, *const sum = t.sum + local;
-    V top[MR];
+               C (&alpha)[ROW_VECTORS * W]) const {
+    V row[MR], top[ROW_VECTORS];
     PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      top[r] = load(t.scores + r * BN);
+      row[r] = load(t.scores + r * BN);
       for (int64_t j = 0; j < width; j += half) {
-        PYFUSE_UNROLL for (int v = 0; v < half / W; ++v) top[r] =
-            PYFUSE_ISA::max(top[r], load(t.scores + r * BN + j + v * W));
+        PYFUSE_UNROLL for (int v = 0; v < half / W; ++v) row[r] =
+            PYFUSE_ISA::max(row[r], load(t.scores + r * BN + j + v * W));
       }
     }
-    C pivot[MR], total[MR];
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) {
-      const C tile_max = reduce_max(top[r]), new_max = tile_max > max[r] ? tile_max : max[r];
-      pivot[r] =
-          new_max == -static_cast<C>(INFINITY) ? C(0) : new_max;  // no key yet: not inf - inf
-      alpha[r] = (max[r] - pivot[r]) * c;
-      max[r] = new_max;
-    }
-    for (int r = 0; r < MR; r += W) {
-      const int count = MR - r < W ? MR - r : W;
-      store(alpha + r, exp2_bounded(load(alpha + r, count)), count);
+    fold_rows<W>(row, Max{}, top);
+    alignas(64) C shift[ROW_VECTORS * W];
+    PYFUSE_UNROLL for (int g = 0; g < ROW_VECTORS; ++g) {
+      const int rows = MR - g * W < W ? MR - g * W : W;
+      C* const max = t.max + local + g * W;
+      const V old = load(max, rows), now = top[g] > old ? top[g] : old;
+      const V pivot = now == -static_cast<C>(INFINITY) ? V{} : now;  // no key yet: not inf - inf
+      store(max, now, rows);
+      store(shift + g * W, -pivot * c);
+      store(alpha + g * W, exp2_bounded((old - pivot) * c));
     }
     for (int r = 0; r < MR; ++r) {
-      C* s = t.scores + r * BN;
-      const V shift = splat(-pivot[r] * c);
+      const C* s = t.scores + r * BN;
+      const V by = splat(shift[r]);
       if (dropping)
         dropout_row(dropout, static_cast<uint32_t>(p.sequence), static_cast<uint32_t>(h),
                     static_cast<uint32_t>(first + r), n, width, t.row);
-      V parts[2] = {};
+      V part[half / W] = {};
       for (int64_t j = 0; j < width; j += half) {
+        V e[half / W];
         PYFUSE_UNROLL for (int v = 0; v < half / W; ++v) {
-          const V e = exp2_bounded(load(s + j + v * W) * c + shift);
-          parts[v % 2] += e;
-          Path::put_p(t.probability + r * BN, j + v * W,
-                      dropping ? e * load(t.row + j + v * W) : e);
+          e[v] = exp2_bounded(load(s + j + v * W) * c + by);
+          part[v] += e[v];
+          if (dropping) e[v] *= load(t.row + j + v * W);
         }
+        Path::put_p(t.probability + r * BN + j, e);
       }
-      total[r] = reduce_add(parts[0] + parts[1]);
+      row[r] = part[0];
+      PYFUSE_UNROLL for (int v = 1; v < half / W; ++v) row[r] += part[v];
     }
-    PYFUSE_UNROLL for (int r = 0; r < MR; ++r) sum[r] = sum[r] * alpha[r] + total[r];
+    fold_rows<W>(row, Add{}, top);
+    PYFUSE_UNROLL for (int g = 0; g < ROW_VECTORS; ++g) {
+      const int rows = MR - g * W < W ? MR - g * W : W;
+      C* const sum = t.sum + local + g * W;
+      store(sum, load(sum, rows) * load(alpha + g * W) + top[g], rows);
+    }
   }
 
   // The same where V holds a NaN or infinity and some keys are hidden: 0·NaN must not count.
@@ -221,16 +269,25 @@ void run_by_head(const AttentionParams& p) {
   longest.take_head(sizes), longest.take_task(sizes);
   const int64_t per_thread = sizes.used();
   Workspace memory(p.threads * per_thread);
-  parallel_for(p.batch * p.heads_k, p.threads, [&](int64_t i, int thread) {
+  const int64_t heads = p.batch * p.heads_k;
+  const bool fetches =
+      longest.head_bytes() <= MOST_FETCHED && heads * longest.head_bytes() > CACHED;
+  parallel_for(heads, p.threads, [&](int64_t i, int thread) {
     const Forward<T, Path> forward(sequence_of(p, i / p.heads_k));
     const int64_t hk = i % p.heads_k;
     Carver carver(memory.data() + thread * per_thread);
     const auto head = forward.take_head(carver);
     const auto task = forward.take_task(carver);
     for (int64_t tile = 0; tile < forward.tiles; ++tile) forward.pack_tile(head, hk, tile);
+    // The head that this thread takes next, most likely, comes out of memory meanwhile.
+    const int64_t next = i + p.threads < heads ? i + p.threads : i;
+    const Forward<T, Path> then(sequence_of(p, next / p.heads_k));
+    auto rest = then.ahead(next % p.heads_k);
+    if (next == i || !fetches) rest.end = 0;
+    const auto fetch = [&] { then.fetch_some(rest); };
     for (int64_t g = 0; g < forward.group; ++g)
       for (int64_t block = 0; block < forward.blocks; ++block)
-        forward.run_block(task, head, hk * forward.group + g, block);
+        forward.run_block(task, head, hk * forward.group + g, block, fetch);
   });
 }
 
@@ -256,7 +313,8 @@ void run_by_block(const AttentionParams& p) {
     parallel_for(p.heads_q * forward.blocks, p.threads, [&](int64_t i, int thread) {
       Carver carver(tasks + thread * task_size.used());
       const int64_t block = forward.blocks - 1 - i / p.heads_q, h = i % p.heads_q;
-      forward.run_block(forward.take_task(carver), head_of(forward, h / forward.group), h, block);
+      forward.run_block(forward.take_task(carver), head_of(forward, h / forward.group), h, block,
+                        [] {});
     });
   }
 }

@@ -101,14 +101,17 @@ struct Wide {
     multiply_panel<nv>(q, q_stride, panel, NR, d, s, BN);
   }
 
-  static void put_p(Packed* p, int64_t j, V x) { store(p + j, x); }
+  template <int n>
+  static PYFUSE_INLINE void put_p(Packed* p, const V (&x)[n]) {
+    PYFUSE_UNROLL for (int v = 0; v < n; ++v) store(p + v * W, x[v]);
+  }
 
   // out[r] = out[r]·alpha[r] + Σ_n weights(r, n)·values[n], for R rows and nv vectors of columns;
   // weights(r, n) lies at r·row_stride + n·step_stride. alpha null: 1.
   template <int R, int nv>
-  static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
-                         const Packed* values, int64_t padded, int64_t count, const C* alpha,
-                         C* out) {
+  PYFUSE_APART static void accumulate(const Packed* weights, int64_t row_stride,
+                                      int64_t step_stride, const Packed* values, int64_t padded,
+                                      int64_t count, const C* alpha, C* out) {
     V acc[R][nv] = {};
     for (int64_t n = 0; n < count; ++n) {
       V x[nv];
@@ -183,13 +186,16 @@ struct Dot {
     multiply_pairs<nv>(q, q_stride, panel, NR, (d + 1) / 2, s, BN);
   }
 
-  static void put_p(Packed* p, int64_t j, vfloat x) { store(p + j, x); }
+  static PYFUSE_INLINE void put_p(Packed* p, const vfloat (&x)[2]) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]);
+    memcpy(p, &both, sizeof both);
+  }
 
   // As in Wide; the pair n/2 of row r lies at r·row_stride + n/2·step_stride.
   template <int R, int nv>
-  static void accumulate(const Packed* weights, int64_t row_stride, int64_t step_stride,
-                         const Packed* values, int64_t padded, int64_t count, const float* alpha,
-                         float* out) {
+  PYFUSE_APART static void accumulate(const Packed* weights, int64_t row_stride,
+                                      int64_t step_stride, const Packed* values, int64_t padded,
+                                      int64_t count, const float* alpha, float* out) {
     vfloat acc[R][nv] = {};
     for (int64_t n = 0; n < count; n += 2, weights += step_stride) {
       __m512bh x[nv];

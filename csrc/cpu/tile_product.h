@@ -12,6 +12,10 @@ namespace pyfuse::cpu::PYFUSE_ISA {
 constexpr int MR = 6;                                  // rows of a block
 constexpr int NV = PYFUSE_VECTOR_BYTES == 64 ? 4 : 2;  // vectors of a panel
 
+// A function of its own: inlined into one that needs registers too, the compiler spills some of the
+// accumulators in the innermost loop.
+#define PYFUSE_APART __attribute__((noinline)) inline
+
 // Writes the 6 x nv·W accumulators to out, or adds them to what is there.
 template <int nv, class V, class C>
 PYFUSE_INLINE void put_tile(const V (&acc)[MR][nv], C* out, int64_t out_stride, bool add) {
@@ -27,8 +31,9 @@ PYFUSE_INLINE void put_tile(const V (&acc)[MR][nv], C* out, int64_t out_stride, 
 // out[r][0..nv·W) = Σ_j rows[r][j] · panel[j][0..nv·W), r < 6. The strides are in elements. nv < NV
 // serves the edge of what is wanted of a panel.
 template <int nv = NV, class C, class P>
-inline void multiply_panel(const C* rows, int64_t row_stride, const P* panel, int64_t panel_stride,
-                           int64_t length, C* out, int64_t out_stride, bool add = false) {
+PYFUSE_APART void multiply_panel(const C* rows, int64_t row_stride, const P* panel,
+                                 int64_t panel_stride, int64_t length, C* out, int64_t out_stride,
+                                 bool add = false) {
   typedef typename Vec<C>::type V;
   constexpr int W = Vec<C>::width;
   V acc[MR][nv] = {};
@@ -56,9 +61,9 @@ PYFUSE_INLINE __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu
 
 typedef bf16 pair_row;
 template <int nv = NV>
-inline void multiply_pairs(const bf16* rows, int64_t row_stride, const bf16* panel,
-                           int64_t panel_stride, int64_t pairs, float* out, int64_t out_stride,
-                           bool add = false) {
+PYFUSE_APART void multiply_pairs(const bf16* rows, int64_t row_stride, const bf16* panel,
+                                 int64_t panel_stride, int64_t pairs, float* out,
+                                 int64_t out_stride, bool add = false) {
   constexpr int W = 16;
   vfloat acc[MR][nv] = {};
   for (int64_t j = 0; j < pairs; ++j) {
@@ -76,9 +81,9 @@ inline void multiply_pairs(const bf16* rows, int64_t row_stride, const bf16* pan
 #else
 typedef float pair_row;
 template <int nv = NV>
-inline void multiply_pairs(const float* rows, int64_t row_stride, const bf16* panel,
-                           int64_t panel_stride, int64_t pairs, float* out, int64_t out_stride,
-                           bool add = false) {
+PYFUSE_APART void multiply_pairs(const float* rows, int64_t row_stride, const bf16* panel,
+                                 int64_t panel_stride, int64_t pairs, float* out,
+                                 int64_t out_stride, bool add = false) {
   constexpr int W = Vec<float>::width;
   vfloat acc[MR][nv] = {};
   for (int64_t j = 0; j < pairs; ++j) {
