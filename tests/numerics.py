@@ -27,8 +27,19 @@ _FLOAT64_ULPS = 64.0
 _MEAN_NEEDS = 32
 
 
-def check(actual: Tensor, exact: Tensor, eager: Tensor, name: str, kind: Kind = "output") -> None:
-    """Assert the rule for `actual`; `eager` was computed in its dtype, `exact` in float64."""
+def check(
+    actual: Tensor,
+    exact: Tensor,
+    eager: Tensor,
+    name: str,
+    kind: Kind = "output",
+    luck: float = 1.0,
+) -> None:
+    """Assert the rule for `actual`; `eager` was computed in its dtype, `exact` in float64.
+
+    luck: what both budgets are multiplied by, for random cases: among thousands are some so small
+    that eager's few errors happen to cancel.
+    """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, {tuple(exact.shape)}"
     assert actual.dtype == eager.dtype, f"{name}: dtype {actual.dtype}, needs {eager.dtype}"
     assert exact.dtype == torch.float64, f"{name}: the truth is in {exact.dtype}, needs float64"
@@ -40,6 +51,7 @@ def check(actual: Tensor, exact: Tensor, eager: Tensor, name: str, kind: Kind = 
     largest_ulps, mean_ulps = (_FLOAT64_ULPS,) * 2 if wide else (_ULPS, _MEAN_ULPS)
     largest = _MAX_FACTOR[kind] * own.max().item() + largest_ulps * eps * exact.abs().max().item()
     mean = _MEAN_FACTOR * own.mean().item() + mean_ulps * eps * exact.abs().mean().item()
+    largest, mean = luck * largest, luck * mean
     where = int(error.argmax())
     assert error.max().item() <= largest, (
         f"{name}: largest error {error.max().item():.2e}, budget {largest:.2e} (eager: "
