@@ -3,25 +3,17 @@ answer for every thread count, broadcast masks, what hidden keys hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numerics
 import pytest
 import torch
-from conftest import Target
+from conftest import Target, at_threads
 from torch import Tensor
 
 from pyfuse import attention, varlen_attention
 
 INF = float("inf")
-
-
-@pytest.fixture
-def restore_threads() -> Iterator[None]:
-    count = torch.get_num_threads()
-    yield
-    torch.set_num_threads(count)
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -100,26 +92,85 @@ def test_packed_sequences(target: Target, name: str, dtype: torch.dtype) -> None
     check(leaves, target.backend, made(199, 4, 33), cu_seqlens=bounds, **options)
 
 
-@pytest.mark.usefixtures("restore_threads")
+STEADY: dict[str, dict[str, Any]] = {
+    "causal-dropout": {"causal": True, "dropout_p": 0.1},
+    "window-softcap": {"window": (100, 50), "softcap": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
 @pytest.mark.parametrize("sizes", LONG, ids=str)
-def test_same_bits_for_every_thread_count(target: Target, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_every_thread_count_and_run(
+    target: Target, sizes: tuple[int, ...], name: str, dtype: torch.dtype
+) -> None:
     batch, hq, hk, m, n = sizes
     leaves = {
-        "q": made(batch, hq, m, 40),
-        "k": made(batch, hk, n, 40),
-        "v": made(batch, hk, n, 40),
-        "mask": made(1, hq, m, n),
+        "q": made(batch, hq, m, 40, dtype=dtype),
+        "k": made(batch, hk, n, 40, dtype=dtype),
+        "v": made(batch, hk, n, 40, dtype=dtype),
+        "mask": made(1, hq, m, n, dtype=dtype),
         "sinks": made(hq),
         "alibi_slopes": made(hq).abs(),
     }
     upstream = made(batch, hq, m, 40)
-    torch.set_num_threads(1)
-    expected = gradients(leaves, target.backend, upstream, causal=True, dropout_p=0.1)
-    for threads in (2, 4):
-        torch.set_num_threads(threads)
-        actual = gradients(leaves, target.backend, upstream, causal=True, dropout_p=0.1)
+    expected: dict[str, Tensor] = {}
+    for threads in at_threads(1, 2, 2, 4):
+        actual = gradients(leaves, target.backend, upstream, **STEADY[name])
+        expected = expected or actual
+        for leaf, grad in actual.items():
+            numerics.assert_bitwise_equal(grad, expected[leaf], f"d{leaf}, {threads} threads")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_and_heads_do_not_meet(target: Target, dtype: torch.dtype) -> None:
+    """Permuted batch and permuted key heads (with their groups) permute the gradients, to the bit."""
+    leaves = {
+        "q": made(3, 4, 65, 40, dtype=dtype),
+        "k": made(3, 2, 111, 40, dtype=dtype),
+        "v": made(3, 2, 111, 33, dtype=dtype),
+        "mask": made(3, 4, 65, 111, dtype=dtype),
+    }
+    upstream = made(3, 4, 65, 33)
+    sequences, groups, heads = (
+        torch.tensor([2, 0, 1]),
+        torch.tensor([1, 0]),
+        torch.tensor([2, 3, 0, 1]),
+    )
+    order = {"q": heads, "k": groups, "v": groups, "mask": heads}
+    expected = gradients(leaves, target.backend, upstream)
+    permuted = {name: x[sequences][:, order[name]] for name, x in leaves.items()}
+    actual = gradients(permuted, target.backend, upstream[sequences][:, heads])
+    for name, grad in actual.items():
+        of_order = expected[name][sequences][:, order[name]]
+        numerics.assert_bitwise_equal(grad, of_order, f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_options_without_effect(target: Target, dtype: torch.dtype) -> None:
+    leaves = {
+        "q": made(2, 4, 65, 64, dtype=dtype),
+        "k": made(2, 2, 111, 64, dtype=dtype),
+        "v": made(2, 2, 111, 64, dtype=dtype),
+    }
+    upstream = made(2, 4, 65, 64)
+    expected = gradients(leaves, target.backend, upstream)
+    for options in (
+        {"window": (111, 111)},
+        {"window": (2**40, -1)},
+        {"softcap": 1e5},
+        {"mask": torch.ones(1, dtype=torch.bool)},
+        {"mask": torch.zeros(65, 1)},
+        {"seqlens_k": torch.tensor([111, 5000])},
+        {"sinks": torch.full((4,), -INF)},
+        {"alibi_slopes": torch.zeros(4)},
+    ):
+        actual = gradients(leaves, target.backend, upstream, **options)
         for name, grad in actual.items():
-            numerics.assert_bitwise_equal(grad, expected[name], f"d{name}, {threads} threads")
+            atol = 8 * torch.finfo(dtype).eps * expected[name].abs().max().item()
+            torch.testing.assert_close(
+                grad, expected[name], rtol=0.0, atol=atol, msg=lambda m, o=options: f"{o}: {m}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -142,22 +193,44 @@ def test_the_gradient_of_a_broadcast_mask_is_the_sum(
     torch.testing.assert_close(of_small.double(), summed.reshape(shape), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"window": (3, 0)}, {}], ids=str)
-def test_hidden_keys_may_hold_nan(target: Target, options: dict[str, Any]) -> None:
-    """Neither the result nor any gradient of a query that does not see it."""
-    leaves = {"q": made(2, 2, 90, 24), "k": made(2, 2, 200, 24), "v": made(2, 2, 200, 24)}
+# Whatever else a call has, the keys 7, 60 and from 100 on are hidden by a mask, or those from 100 on
+# by the lengths.
+HIDING: dict[str, dict[str, Any]] = {
+    "mask": {},
+    "mask-causal": {"causal": True},
+    "mask-window-dropout": {"window": (3, 0), "dropout_p": 0.2},
+    "lengths": {"seqlens_k": torch.tensor([100, 100])},
+    "lengths-causal": {"seqlens_k": torch.tensor([100, 100]), "causal": True},
+}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF], ids=["nan", "inf"])
+@pytest.mark.parametrize("name", HIDING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_hidden_keys_change_nothing(
+    target: Target, name: str, dtype: torch.dtype, bad: float
+) -> None:
+    """Padding that holds NaN gets no gradient, and those of the others stay as they were."""
+    leaves = {
+        "q": made(2, 2, 90, 24, dtype=dtype),
+        "k": made(2, 2, 130, 24, dtype=dtype),
+        "v": made(2, 2, 130, 24, dtype=dtype),
+    }
     upstream = made(2, 2, 90, 24)
-    mask = torch.ones(200, dtype=torch.bool)
-    mask[[7, 120, 199]] = False
-    expected = gradients(leaves, target.backend, upstream, mask=mask, **options)
+    seen = torch.arange(130) < 100
+    options = dict(HIDING[name])
+    if name.startswith("mask"):
+        seen[[7, 60]] = False
+        options["mask"] = seen
+    expected = gradients(leaves, target.backend, upstream, **options)
     poisoned = {n: x.clone() for n, x in leaves.items()}
-    poisoned["k"][:, :, ~mask] = float("nan")
-    poisoned["v"][:, :, ~mask] = float("nan")
-    actual = gradients(poisoned, target.backend, upstream, mask=mask, **options)
-    for name in "qkv":
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5)
-        hidden = actual[name][:, :, ~mask] if name != "q" else torch.zeros(())
-        assert not hidden.any()
+    poisoned["k"][:, :, ~seen], poisoned["v"][:, :, ~seen] = bad, bad
+    actual = gradients(poisoned, target.backend, upstream, **options)
+    eps = torch.finfo(dtype).eps
+    for n, grad in actual.items():
+        atol = 8 * eps * expected[n].abs().max().item()
+        torch.testing.assert_close(grad, expected[n], rtol=0.0, atol=atol)
+        assert n == "q" or not grad[:, :, ~seen].any()
 
 
 def test_a_nan_stays_with_the_queries_that_see_it(target: Target) -> None:
@@ -194,18 +267,21 @@ def test_derivatives_in_float64(target: Target, kind: str) -> None:
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3))
     sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
     slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
     bounds = torch.tensor([0, 4, 11])
 
-    def function(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, slopes: Tensor) -> Any:
+    def function(
+        q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, slopes: Tensor, bias: Tensor | None = None
+    ) -> Any:
         options = {"sinks": sinks, "alibi_slopes": slopes, "softcap": 3.0, "causal": True}
         torch.manual_seed(3)
         if kind == "varlen":
             return varlen_attention(
                 q, k, v, bounds, bounds, dropout_p=0.3, return_lse=True, **options
             )
-        return attention(q, k, v, dropout_p=0.3, return_lse=True, **options)
+        return attention(q, k, v, mask=bias, dropout_p=0.3, return_lse=True, **options)
 
-    point = (q, k, v, sinks, slopes)
+    point = (q, k, v, sinks, slopes, *([] if kind == "varlen" else [bias]))
     torch.autograd.gradcheck(function, point)
     torch.autograd.gradgradcheck(function, point)
 

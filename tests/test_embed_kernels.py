@@ -133,6 +133,28 @@ def test_dropout_is_that_of_philox(p: float, dtype: torch.dtype, target: Target)
             assert torch.equal(y, torch.where(kept, factor, 0.0)), d
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["token", "bert"])
+def test_what_is_dropped_does_not_matter(
+    case: str, dtype: torch.dtype, bad: float, target: Target
+) -> None:
+    """NaN times 0 is NaN: dropout selects, forward and backward."""
+    for d in (3, 65, 111):
+        token_ids, weight = torch.randint(0, V, (3, 7)), torch.randn(V, d).to(dtype)
+        given = options(d, (3, 7), dtype=dtype, **CASES[case])
+        given |= {"dropout_p": 0.5, "dropout_seed": SEED}
+        kept = dropout_mask(SEED, (1, 1, 21, d), 0.5).view(3, 7, d)
+        dy = torch.randn(3, 7, d).to(dtype)
+        expected = kernel_gradients(target, dy.where(kept, 0.0), token_ids, weight, given)
+        found = kernel_gradients(target, dy.where(kept, bad), token_ids, weight, given)
+        for name, dx in found.items():
+            assert_bitwise_equal(dx, expected[name], f"D = {d}: {name}")
+        weight[::2] = bad
+        y = implementation(target.backend).fn(token_ids, weight, **given)
+        assert (y[~kept] == 0).all() and not y[kept].isfinite().all()
+
+
 # ---- choice and errors --------------------------------------------------------------------------
 
 

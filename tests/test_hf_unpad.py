@@ -19,6 +19,7 @@ from unpad_cases import (  # noqa: F401 (unpads is a fixture)
     batch,
     close,
     computed,
+    example,
     packed_rows,
     states,
     unpads,
@@ -35,9 +36,8 @@ from pyfuse.models import zoo
 @pytest.mark.parametrize("name", NAMES)
 def test_states(name: str, dtype: str, side: str) -> None:
     model = build(name, DTYPES[dtype], seed=1)
-    inputs = batch(model, side)
-    kept = computed(model, inputs)
-    truth, stock = states(exact(model), inputs)[kept], states(model, inputs)[kept]
+    inputs, kept, stock = example(model, side)
+    truth = states(exact(model), inputs)[kept]
     receipt = accelerate(model)
     assert receipt.patched["unpadding"] == 1 and "unpadding" not in receipt.skipped
     ours = states(model, inputs)

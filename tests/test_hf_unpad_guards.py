@@ -18,9 +18,11 @@ from unpad_cases import (  # noqa: F401 (unpads is a fixture)
     SIDES,
     Double,
     accelerate,
+    attributes,
     batch,
     close,
     computed,
+    example,
     packed_rows,
     states,
     unpads,
@@ -66,10 +68,8 @@ def test_recorded_states_are_those_of_the_padded_batch(name: str, option: str) -
 
 def test_a_hook_inside_sees_the_padded_batch() -> None:
     model = build("bert")
-    inputs = batch(model, "right")
-    kept = computed(model, inputs)
     accelerate(model)
-    expected = states(model, inputs)
+    inputs, kept, expected = example(model)
     seen: list[Any] = []
     for path in ("encoder", "encoder.layer.1.attention.self", "encoder.layer.0.output.dense"):
         module = model.get_submodule(path)
@@ -79,14 +79,14 @@ def test_a_hook_inside_sees_the_padded_batch() -> None:
             module.register_forward_pre_hook(lambda m, a, k: None, with_kwargs=True),
         ]
         for handle in handles:
-            close(states(model, inputs)[kept], expected[kept])
+            close(states(model, inputs)[kept], expected)
             handle.remove()
         assert len(packed_rows) == before and seen.pop()[0].shape[:2] == (4, LENGTH)
         states(model, inputs)
         assert len(packed_rows) == before + 2
     handle = nn.modules.module.register_module_forward_hook(lambda m, a, out: None)
     try:
-        close(states(model, inputs)[kept], expected[kept])
+        close(states(model, inputs)[kept], expected)
     finally:
         handle.remove()
     assert len(packed_rows) == 2 * 4
@@ -114,35 +114,31 @@ def test_training_and_gradients_stay_padded() -> None:
 
 def test_other_calls_stay_padded() -> None:
     model = build("bert")
-    inputs = batch(model, "right")
-    kept = computed(model, inputs)
-    stock = states(model, inputs)
+    inputs, kept, stock = example(model)
     accelerate(model)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     embedded = model.embeddings.word_embeddings(ids).detach()
-    close(states(model, {"inputs_embeds": embedded, "attention_mask": mask})[kept], stock[kept])
+    close(states(model, {"inputs_embeds": embedded, "attention_mask": mask})[kept], stock)
     dense = mask[:, None, None, :].bool().expand(4, 1, LENGTH, LENGTH)
-    close(states(model, {"input_ids": ids, "attention_mask": dense})[kept], stock[kept])
+    close(states(model, {"input_ids": ids, "attention_mask": dense})[kept], stock)
     with torch.autocast("cpu", torch.bfloat16):
         states(model, inputs)
     model.config.is_causal = True
     states(model, inputs)
     del model.config.is_causal
     model.set_attn_implementation("eager")
-    close(states(model, inputs)[kept], stock[kept])
+    close(states(model, inputs)[kept], stock)
     assert not packed_rows
 
 
 def test_chunked_feed_forward_blocks() -> None:
     """Chunks have to divide the length, which that of a packed row does not."""
     model = build("bert")
-    inputs = batch(model, "right")
-    kept = computed(model, inputs)
-    stock = states(model, inputs)
+    inputs, kept, stock = example(model)
     accelerate(model)
     for layer in model.encoder.layer:
         layer.chunk_size_feed_forward = 6
-    close(states(model, inputs)[kept], stock[kept])
+    close(states(model, inputs)[kept], stock)
     assert not packed_rows
 
 
@@ -157,27 +153,23 @@ class Narrow(hf.BertModel):
 
 def test_a_mask_of_ones_own_stays_padded() -> None:
     model = with_head(Narrow, "bert")
-    inputs = batch(model, "right")
-    kept = computed(model, inputs)
-    stock = states(model, inputs)
+    inputs, kept, stock = example(model)
     assert accelerate(model).patched["unpadding"] == 1
-    close(states(model, inputs)[kept], stock[kept])
+    close(states(model, inputs)[kept], stock)
     assert not packed_rows
 
 
 def test_modules_put_in_later_see_the_padded_batch() -> None:
     model = build("bert")
-    inputs = batch(model, "right")
-    kept = computed(model, inputs)
     accelerate(model)
-    expected = states(model, inputs)
+    inputs, kept, expected = example(model)
     count = len(packed_rows)
     dense = model.encoder.layer[0].output.dense
     model.encoder.layer[0].output.dense = Double(dense).eval()
-    close(states(model, inputs)[kept], expected[kept])
+    close(states(model, inputs)[kept], expected)
     model.encoder.layer[0].output.dense = dense
     dense.forward = lambda x: nn.Linear.forward(dense, x)
-    close(states(model, inputs)[kept], expected[kept])
+    close(states(model, inputs)[kept], expected)
     assert len(packed_rows) == count
 
 
@@ -211,22 +203,13 @@ def test_undo_and_switching_off() -> None:
     for name in ("bert", "distilbert", "modernbert"):
         model = build(name)
         inputs = batch(model, "right")
-        before = {
-            f"{path}.{key}": id(value)
-            for path, module in model.named_modules()
-            for key, value in module.__dict__.items()
-        }
+        before = attributes(model)
         stock = states(model, inputs)
         receipt = accelerate(model)
         assert not torch.equal(states(model, inputs), stock)
         receipt.undo()
         assert torch.equal(states(model, inputs), stock)
-        after = {
-            f"{path}.{key}": id(value)
-            for path, module in model.named_modules()
-            for key, value in module.__dict__.items()
-        }
-        assert after == before
+        assert attributes(model) == before
         with accelerate(model, unpad=False) as receipt:
             assert receipt.skipped["unpadding"] == {"unpad=False": 1}
             close(states(model, inputs), stock)

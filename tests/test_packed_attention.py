@@ -9,7 +9,7 @@ import numerics
 import pytest
 import torch
 from cases import DTYPES
-from conftest import Target
+from conftest import Target, at_threads
 from torch import Tensor
 
 import pyfuse
@@ -63,6 +63,47 @@ def test_varlen(target: Target, name: str, dtype: str) -> None:
         normal(dtype, total_k, 2, 40),
     )
     compare(pyfuse.varlen_attention, target, *tensors, cu_q, cu_k, **OPTIONS[name])
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (0, 0)], ids=str)
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_varlen_sizes_of_zero(
+    target: Target, sizes: tuple[int, int], heads: tuple[int, int]
+) -> None:
+    """A tensor without elements has no memory, and needs none."""
+    (m, n), (hq, hk) = sizes, heads
+    cu_q, cu_k = torch.tensor([0, 0, m]), torch.tensor([0, n, n])
+    tensors = [normal("f32", m, hq, 8), normal("f32", n, hk, 8), normal("f32", n, hk, 6)]
+    points = [x.requires_grad_() for x in tensors]
+    o, lse = pyfuse.varlen_attention(*points, cu_q, cu_k, return_lse=True, backend=target.backend)
+    assert o.shape == (m, hq, 6) and lse.shape == (hq, m)
+    assert (o == 0).all() and (lse == -float("inf")).all()
+    for x, grad in zip(points, torch.autograd.grad(o.sum(), points), strict=True):
+        assert grad.shape == x.shape and not grad.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_varlen_has_the_same_bits_for_every_thread_count_and_run(
+    target: Target, name: str, dtype: str
+) -> None:
+    """Forward and backward."""
+    cu_q = torch.tensor([0, *QUERIES]).cumsum(0)
+    cu_k = torch.tensor([0, *KEYS]).cumsum(0)
+    shapes = [(sum(QUERIES), 4, 40), (sum(KEYS), 2, 40), (sum(KEYS), 2, 33)]
+    points = [normal(dtype, *shape).requires_grad_() for shape in shapes]
+    upstream = normal(dtype, sum(QUERIES), 4, 33)
+    expected: list[Tensor] | None = None
+    for threads in at_threads(1, 1, 2, 2, 4, 4):
+        torch.manual_seed(1)
+        o, lse = pyfuse.varlen_attention(
+            *points, cu_q, cu_k, dropout_p=0.1, return_lse=True, backend=target.backend,
+            **OPTIONS[name],
+        )  # fmt: skip
+        actual = [o, lse, *torch.autograd.grad(o, points, upstream)]
+        expected = expected or actual
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            numerics.assert_bitwise_equal(a, b, f"result {i}, {threads} threads")
 
 
 @pytest.mark.parametrize("m", [1, 5])

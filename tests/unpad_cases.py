@@ -69,6 +69,22 @@ def computed(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return kept
 
 
+def example(model: Any, side: str = "right") -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A batch, where unpadding computes, and what the model as it is now says there."""
+    inputs = batch(model, side)
+    kept = computed(model, inputs)
+    return inputs, kept, states(model, inputs)[kept]
+
+
+def attributes(model: nn.Module) -> dict[str, int]:
+    """Which object each attribute of each module is."""
+    return {
+        f"{path}.{key}": id(value)
+        for path, module in model.named_modules()
+        for key, value in module.__dict__.items()
+    }
+
+
 def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 

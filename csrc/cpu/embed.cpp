@@ -41,8 +41,9 @@ PYFUSE_INLINE void plain_row(const Summands<T, P>& rows, const compute_t<T>* fac
   } else if (factor == nullptr)
     for_vectors<compute_t<T>>(d, [&](auto at, int) PYFUSE_INLINE_BODY { at.put(y, rows.sum(at)); });
   else
-    for_vectors<compute_t<T>>(
-        d, [&](auto at, int) PYFUSE_INLINE_BODY { at.put(y, rows.sum(at) * at(factor)); });
+    for_vectors<compute_t<T>>(d, [&](auto at, int) PYFUSE_INLINE_BODY {
+      at.put(y, apply_dropout(rows.sum(at), at(factor)));
+    });
 }
 
 template <class T, class P>
@@ -64,7 +65,7 @@ PYFUSE_INLINE void normalised_row(const EmbedParams& p, const Summands<T, P>& ro
   for_vectors<C>(p.d, [&](auto at, int) PYFUSE_INLINE_BODY {
     V v = (at(scratch.sum) - mean) * rstd * at(weight);
     if (bias != nullptr) v += at(bias);
-    if (factor != nullptr) v *= at(factor);
+    if (factor != nullptr) v = apply_dropout(v, at(factor));
     at.put(y, v);
   });
   if (statistics != nullptr) statistics[0] = mean, statistics[1] = rstd;

@@ -24,7 +24,7 @@ struct Gradients {
 
   template <class At>
   PYFUSE_INLINE vec_t<T> arriving(const At& at) const {
-    return factor == nullptr ? at(dy) : at(dy) * at(factor);
+    return factor == nullptr ? at(dy) : apply_dropout(at(dy), at(factor));
   }
 };
 

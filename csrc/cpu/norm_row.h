@@ -37,12 +37,6 @@ PYFUSE_INLINE vec_t<T> round_to(vec_t<T> v) {
 
 // ---- z = dropout(x) + residual ----------------------------------------------------------------
 
-// v where it is kept, scaled; 0 where it is dropped, even if v is not finite.
-template <class V>
-PYFUSE_INLINE V apply_dropout(V v, V factor) {
-  return factor > V{} ? v * factor : V{};
-}
-
 // A row of what z is made of; residual and factor may be null.
 template <class T, class Z>
 struct Operands {

@@ -162,4 +162,10 @@ inline void dropout_row(const DropoutRule& rule, uint32_t b, uint32_t h, uint32_
   if (i < count) dropout_groups<1>(rule, row, n + i, count - i, factor + i);
 }
 
+// v where it is kept, scaled; 0 where it is dropped, even if v is not finite.
+template <class V>
+PYFUSE_INLINE V apply_dropout(V v, V factor) {
+  return factor > V{} ? v * factor : V{};
+}
+
 }  // namespace pyfuse::cpu::PYFUSE_ISA

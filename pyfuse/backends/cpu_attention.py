@@ -74,6 +74,8 @@ def varlen_attention_into(
     """o; writes lse [Hq, T], float32 or float64, where one is given."""
     rows, heads, _ = q.shape
     o = q.new_empty((rows, heads, v.shape[2]))
+    if o.numel() == 0:
+        return o
     bounds = few(cu_seqlens_q, torch.int64), few(cu_seqlens_k, torch.int64)
     sizes = packed_sizes(q, k, v, cu_seqlens_q)
     arguments, _alive = call_arguments(q, k, v, o, lse, sizes, **options)

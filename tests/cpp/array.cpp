@@ -69,6 +69,12 @@ bool same_bytes(const Array& a, const Array& b) {
   return a.bytes() == b.bytes() && memcmp(a.data(), b.data(), static_cast<size_t>(a.bytes())) == 0;
 }
 
+Rows::Rows(DType dtype, int64_t rows, int64_t d, int64_t gap, double centre, double scale)
+    : rows(rows), d(d), stride(d + gap), array(dtype, rows > 0 ? rows * stride - gap : 0) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < d; ++j) array.set(r * stride + j, centre + scale * random_unit());
+}
+
 Tensor::Tensor(DType dtype, int64_t batch, int64_t heads, int64_t rows, int64_t d, bool heads_first,
                int64_t gap)
     : batch(batch),

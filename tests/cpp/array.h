@@ -38,6 +38,14 @@ class Array {
 // Every byte alike: that is, for every number of threads.
 bool same_bytes(const Array& a, const Array& b);
 
+// [rows, d] of random values, `gap` elements of NaN between the rows.
+struct Rows {
+  Rows(DType dtype, int64_t rows, int64_t d, int64_t gap = 3, double centre = 0, double scale = 1);
+  double get(int64_t r, int64_t j) const { return array.get(r * stride + j); }
+  const int64_t rows, d, stride;
+  Array array;
+};
+
 // [B, H, T, D] as it is (heads_first) or as models hand it over, [B, T, H, D] in memory; `gap`
 // elements of NaN lie between rows.
 class Tensor {

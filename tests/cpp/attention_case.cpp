@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dropout.h"
+
 namespace pyfuse::test {
 namespace {
 
@@ -21,24 +23,6 @@ AttentionCase with(AttentionCase c, const char* what, const Change& change) {
   c.name += std::string(" ") + what;
   change(c);
   return c;
-}
-
-constexpr int64_t dropout_seed[] = {0x123456789abcdef, 77};
-
-// Word n & 3 of Philox4x32-10 at counter (b, h, m, n >> 2) with the seed's words as its key
-// (Salmon, Moraes, Dror and Shaw, SC 2011).
-uint32_t philox(int64_t b, int64_t h, int64_t m, int64_t n) {
-  uint32_t c[4] = {static_cast<uint32_t>(b), static_cast<uint32_t>(h), static_cast<uint32_t>(m),
-                   static_cast<uint32_t>(n >> 2)};
-  uint32_t key[2] = {static_cast<uint32_t>(dropout_seed[0]),
-                     static_cast<uint32_t>(dropout_seed[1])};
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t x = uint64_t{0xD2511F53} * c[0], y = uint64_t{0xCD9E8D57} * c[2];
-    c[0] = static_cast<uint32_t>(y >> 32) ^ c[1] ^ key[0], c[1] = static_cast<uint32_t>(y);
-    c[2] = static_cast<uint32_t>(x >> 32) ^ c[3] ^ key[1], c[3] = static_cast<uint32_t>(x);
-    key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
-  }
-  return c[n & 3];
 }
 
 // Before the first sequence and after the last there is a row that belongs to none.
@@ -279,8 +263,7 @@ bool AttentionInputs::visible(int64_t b, int64_t h, int64_t m, int64_t n) const 
 }
 
 double AttentionInputs::kept(int64_t b, int64_t h, int64_t m, int64_t n) const {
-  if (c.dropout == 0) return 1;
-  return philox(b, h, m, n) >> 8 >= std::ceil(c.dropout * (1 << 24)) ? 1 / (1 - c.dropout) : 0;
+  return dropout_factor(c.dropout, b, h, m, n);
 }
 
 AttentionInputs::Softmax AttentionInputs::softmax(int64_t b, int64_t h, int64_t m) const {

@@ -31,18 +31,6 @@ double activate(Activation activation, double x) {
   return NAN;
 }
 
-// [rows, columns] with a gap of NaN between the rows.
-struct Rows {
-  Rows(DType dtype, int64_t rows, int64_t columns, int64_t gap)
-      : columns(columns), stride(columns + gap), array(dtype, rows * stride - gap) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < columns; ++j) array.set(r * stride + j, random_unit());
-  }
-  double get(int64_t r, int64_t j) const { return array.get(r * stride + j); }
-  const int64_t columns, stride;
-  Array array;
-};
-
 class Layer {
  public:
   Layer(const Case& c, const Rows& x)

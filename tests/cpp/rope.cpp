@@ -12,7 +12,7 @@ namespace {
 struct Case {
   DType dtype, table_dtype;
   int64_t rows, d, r;
-  bool interleaved, heads_first, positions, in_place, table_per_batch;
+  bool interleaved, heads_first, positions, in_place, table_per_batch, inverse = false;
 };
 
 constexpr int64_t batch = 2, heads = 3, table_gap = 1;
@@ -61,7 +61,7 @@ class Checked {
       p.position_stride[0] = c.rows, p.position_stride[1] = 1;
     }
     p.dtype = c.dtype, p.table_dtype = c.table_dtype;
-    p.interleaved = c.interleaved;
+    p.interleaved = c.interleaved, p.inverse = c.inverse;
     p.threads = threads;
     cpu::kernels().rope(p);
     y.check_gaps();
@@ -80,7 +80,8 @@ class Checked {
   void check_pair(const Tensor& y, int64_t b, int64_t h, int64_t m, int64_t i) const {
     const int64_t row = c.positions ? positions_at()[b * c.rows + m] : m;
     const int64_t sequence = c.table_per_batch ? b : 0;
-    const double cosine = cos.get(sequence, 0, row, i), sine = sin.get(sequence, 0, row, i);
+    const double cosine = cos.get(sequence, 0, row, i);
+    const double sine = (c.inverse ? -1 : 1) * sin.get(sequence, 0, row, i);
     const int64_t first = c.interleaved ? 2 * i : i,
                   second = c.interleaved ? first + 1 : i + c.r / 2;
     const double x1 = x.get(b, h, m, first), x2 = x.get(b, h, m, second);
@@ -125,6 +126,11 @@ TEST(halves) {
 TEST(interleaved) {
   check_sizes({DType::f32, DType::f32, 0, 0, 0, true, false, false, false, true});
   check_sizes({DType::f32, DType::f32, 0, 0, 0, true, true, false, true, false});
+}
+
+TEST(inverse) {
+  check_sizes({DType::f32, DType::f32, 0, 0, 0, false, false, false, false, false, true});
+  check_sizes({DType::f32, DType::f32, 0, 0, 0, true, true, true, true, false, true});
 }
 
 TEST(positions) {
