@@ -20,10 +20,14 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
-// Memory is asked for the next head's rows where all heads are more than the caches hold, and one
-// of them can wait in the second-level cache.
-constexpr int64_t CACHED = int64_t{12} << 20, MOST_FETCHED = 256 * 1024;
+// More than this, in all, is not in a core's own caches when it is read or written.
+constexpr int64_t CACHED = int64_t{6} << 20;
+constexpr int64_t MOST_FETCHED = 256 * 1024;  // bytes that can wait in the second-level cache
 constexpr int BM = 8 * MR;  // rows of a task: enough to pay for reading a tile of K and V
+// Keys of a tile. Its panels are read from the second-level cache as fast as from the first, and
+// every tile costs each row a maximum, a sum and a rescaling.
+template <class Path>
+constexpr int tile_keys = Path::depth == 2 ? 384 : 256;
 
 // The work on one sequence (attention_sequence.h).
 template <class T, class Path>
@@ -31,11 +35,12 @@ class Forward {
   typedef typename Path::Compute C;
   typedef typename Path::Packed Packed;
   typedef typename Path::V V;
-  static constexpr int W = Path::W, NR = Path::NR, BN = Path::BN;
+  static constexpr int W = Path::W, NR = Path::NR;
   static constexpr int64_t half = half_panel<Path>;
   static constexpr int ROW_VECTORS = (MR + W - 1) / W;  // that hold a number for each of six rows
 
   const AttentionParams p;
+  const bool far;  // the call's tensors are not in the caches
   const int64_t d_packed = Path::packed_length(p.d);
   const int64_t dv_packed = (p.dv + W - 1) / W * W;
   const bool terms = has_score_terms(p);
@@ -55,6 +60,8 @@ class Forward {
   }
 
  public:
+  static constexpr int BN = tile_keys<Path>;
+
   struct Head {  // packed K and V of one key head
     Packed *k, *v;
     C* not_finite;  // per tile: 0, or NaN if V holds anything not finite
@@ -68,7 +75,7 @@ class Forward {
   const int64_t tiles = (p.keys + BN - 1) / BN;
   const int64_t blocks = (p.queries + BM - 1) / BM;
 
-  explicit Forward(const AttentionParams& sequence) : p(sequence) {}
+  Forward(const AttentionParams& sequence, bool is_far) : p(sequence), far(is_far) {}
 
   Head take_head(Carver& carver) const {
     return {carver.take<Packed>(tiles * BN * d_packed), carver.take<Packed>(tiles * BN * dv_packed),
@@ -90,13 +97,15 @@ class Forward {
     int64_t count = visible_keys(p, 0, p.queries - 1).hi - first;
     if (count <= 0) return;
     count = count < BN ? count : BN;
-    for (int64_t n = 0; n < BN; n += NR) {
-      const int64_t rows = count - n < 0 ? 0 : count - n < NR ? count - n : NR;
-      const T* k = at(p.k, p.k_stride, hk, first + (rows > 0 ? n : 0));
-      Path::pack_k(head.k + (first + n) * d_packed, k, p.k_stride[2], rows, p.d);
+    for (int64_t n = 0; n < count; n += NR) {
+      const int64_t rows = count - n < NR ? count - n : NR;
+      Path::pack_k(head.k + (first + n) * d_packed, at(p.k, p.k_stride, hk, first + n),
+                   p.k_stride[2], rows, p.d);
     }
-    head.not_finite[tile] = Path::pack_v(head.v + first * dv_packed, at(p.v, p.v_stride, hk, first),
-                                         p.v_stride[2], count, BN, p.dv, dv_packed);
+    const int64_t steps = (count + Path::depth - 1) / Path::depth;  // of the second product
+    head.not_finite[tile] =
+        Path::pack_v(head.v + first * dv_packed, at(p.v, p.v_stride, hk, first), p.v_stride[2],
+                     count, steps * Path::depth, p.dv, dv_packed);
   }
 
   // The rows of K, V and Q with which a key head's work begins, asked for little by little: all at
@@ -119,10 +128,6 @@ class Forward {
       if (x.row < p.queries) fetch<0, 2>(at(p.q, p.q_stride, x.hk * group, x.row), p.d);
     }
   }
-  // What that is, in bytes.
-  int64_t head_bytes() const {
-    return (p.keys * (p.d + p.dv) + p.queries * p.d) * static_cast<int64_t>(sizeof(T));
-  }
 
   template <class Meanwhile>
   void run_block(const Task& t, const Head& head, int64_t h, int64_t block,
@@ -131,8 +136,9 @@ class Forward {
     const int64_t rows = p.queries - first < BM ? p.queries - first : BM;
     for (int64_t i = 0; i < rows; ++i)
       Path::pack_q(t.q + i * d_packed, at(p.q, p.q_stride, h, first + i), p.d);
-    for (int64_t i = 0; i < rows; ++i)  // written at the end, when they have arrived
-      fetch<1, 3>(at(p.o, p.o_stride, h, first + i), p.dv);
+    if (far) {  // written at the end, when they have arrived
+      for (int64_t i = 0; i < rows; ++i) fetch<1, 3>(at(p.o, p.o_stride, h, first + i), p.dv);
+    }
     // The block of six is always computed whole: rows past the end repeat zeros and are not stored.
     for (int64_t i = rows; i < BM && i % MR != 0; ++i)
       memset(t.q + i * d_packed, 0, static_cast<size_t>(d_packed) * sizeof(Packed));
@@ -160,16 +166,19 @@ class Forward {
     const int64_t count = bottom.hi - n < BN ? bottom.hi - n : BN;
     if (count <= 0) return;
     const int64_t width = (count + half - 1) / half * half;  // what is computed
-    multiply_keys<Path>(t.q + local * d_packed, d_packed, head.k, n, width, p.d, t.scores);
-    const bool everywhere = terms || p.mask != nullptr;
+    multiply_keys<Path, BN>(t.q + local * d_packed, d_packed, head.k, n, width, p.d, t.scores);
     const bool left = n<bottom.lo, right = n + width> top.hi;
-    if (everywhere || (left && right)) {
+    if (terms || p.mask != nullptr) {
       finish(t, h, first, last, n, 0, width);
-    } else if (left) {  // up to the first panel that all rows see
-      const int64_t panels = (bottom.lo - n + half - 1) / half * half;
-      finish(t, h, first, last, n, 0, panels < width ? panels : width);
-    } else if (right) {
-      finish(t, h, first, last, n, top.hi > n ? (top.hi - n) / half * half : 0, width);
+    } else if (left || right) {  // up to the first half panel that all rows see; from the last on
+      const int64_t to = left ? (bottom.lo - n + half - 1) / half * half : 0;
+      const int64_t from = !right ? width : top.hi > n ? (top.hi - n) / half * half : 0;
+      if (to >= from) {
+        finish(t, h, first, last, n, 0, width);
+      } else {
+        if (left) finish(t, h, first, last, n, 0, to);
+        if (right) finish(t, h, first, last, n, from, width);
+      }
     }
     alignas(64) C alpha[ROW_VECTORS * W];
     const bool edge = left || right, dropping = p.dropout_p > 0;
@@ -261,19 +270,29 @@ class Forward {
   }
 };
 
+// Of the K, V and Q with which a key head's work begins.
+template <class T>
+int64_t head_bytes(const AttentionParams& p) {
+  return (p.keys * (p.d + p.dv) + p.queries * p.d) * static_cast<int64_t>(sizeof(T));
+}
+template <class T>
+bool is_far(const AttentionParams& p) {
+  return p.batch * p.heads_k * head_bytes<T>(p) > CACHED;
+}
+
 // Enough heads for every thread: each packs a head into its own cache and does all its blocks.
 template <class T, class Path>
 void run_by_head(const AttentionParams& p) {
   Carver sizes(nullptr);
-  const Forward<T, Path> longest(p);
+  const bool far = is_far<T>(p);
+  const Forward<T, Path> longest(p, far);
   longest.take_head(sizes), longest.take_task(sizes);
   const int64_t per_thread = sizes.used();
   Workspace memory(p.threads * per_thread);
   const int64_t heads = p.batch * p.heads_k;
-  const bool fetches =
-      longest.head_bytes() <= MOST_FETCHED && heads * longest.head_bytes() > CACHED;
+  const bool fetches = far && head_bytes<T>(p) <= MOST_FETCHED;
   parallel_for(heads, p.threads, [&](int64_t i, int thread) {
-    const Forward<T, Path> forward(sequence_of(p, i / p.heads_k));
+    const Forward<T, Path> forward(sequence_of(p, i / p.heads_k), far);
     const int64_t hk = i % p.heads_k;
     Carver carver(memory.data() + thread * per_thread);
     const auto head = forward.take_head(carver);
@@ -281,7 +300,7 @@ void run_by_head(const AttentionParams& p) {
     for (int64_t tile = 0; tile < forward.tiles; ++tile) forward.pack_tile(head, hk, tile);
     // The head that this thread takes next, most likely, comes out of memory meanwhile.
     const int64_t next = i + p.threads < heads ? i + p.threads : i;
-    const Forward<T, Path> then(sequence_of(p, next / p.heads_k));
+    const Forward<T, Path> then(sequence_of(p, next / p.heads_k), far);
     auto rest = then.ahead(next % p.heads_k);
     if (next == i || !fetches) rest.end = 0;
     const auto fetch = [&] { then.fetch_some(rest); };
@@ -296,7 +315,8 @@ void run_by_head(const AttentionParams& p) {
 template <class T, class Path>
 void run_by_block(const AttentionParams& p) {
   Carver head_size(nullptr), task_size(nullptr);
-  const Forward<T, Path> longest(p);
+  const bool far = is_far<T>(p);
+  const Forward<T, Path> longest(p, far);
   longest.take_head(head_size), longest.take_task(task_size);
   Workspace memory(p.heads_k * head_size.used() + p.threads * task_size.used());
   char* const tasks = memory.data() + p.heads_k * head_size.used();
@@ -305,7 +325,7 @@ void run_by_block(const AttentionParams& p) {
     return forward.take_head(carver);
   };
   for (int64_t b = 0; b < p.batch; ++b) {
-    const Forward<T, Path> forward(sequence_of(p, b));
+    const Forward<T, Path> forward(sequence_of(p, b), far);
     parallel_for(p.heads_k * forward.tiles, p.threads, [&](int64_t i, int) {
       const int64_t hk = i / forward.tiles;
       forward.pack_tile(head_of(forward, hk), hk, i % forward.tiles);

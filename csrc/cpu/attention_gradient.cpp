@@ -16,8 +16,9 @@
 namespace pyfuse::cpu::PYFUSE_ISA {
 namespace {
 
-constexpr int64_t TASKS =
-    32;  // wanted, so that few heads use many threads; each packs its queries anew
+// Tasks wanted, so that few heads use many threads, and the keys that one has at least: each packs
+// its queries anew.
+constexpr int64_t TASKS = 32, LEAST_KEYS = 256;
 constexpr int64_t MEMORY = int64_t{32} << 20;  // bytes for the chunks' dQ, if one head fits
 
 // Row `row` of T at `to` = scale · from, d elements.
@@ -69,12 +70,13 @@ class Gradient : public GradientBlock<T, Path> {
 
   int64_t dq_size() const { return group * rows * d_padded; }  // of one key head
 
-  // How many chunks share the keys of one head: enough tasks, none below 256 keys, memory bounded.
+  // How many chunks share the keys of one head: enough tasks, none below LEAST_KEYS, memory bounded.
   int64_t chunks(int64_t heads) const {
-    const int64_t wanted = (TASKS + heads - 1) / heads, most = tiles / 2;
+    const int64_t wanted = (TASKS + heads - 1) / heads, most = p.keys / LEAST_KEYS;
     const int64_t room = MEMORY / (dq_size() * static_cast<int64_t>(sizeof(C)) + 1);
     int64_t count = wanted < most ? wanted : most;
     count = count < room ? count : room;
+    count = count < tiles ? count : tiles;
     return count < 1 ? 1 : count;
   }
 
@@ -85,8 +87,10 @@ class Gradient : public GradientBlock<T, Path> {
         Base::pack_queries(t.queries[i], hk * group + i, block, block);
     memset(dq, 0, static_cast<size_t>(dq_size()) * sizeof(C));
     for (int64_t tile = first; tile < last; ++tile) {
-      memset(t.dk, 0, static_cast<size_t>(BN * d_padded) * sizeof(C));
-      memset(t.dv, 0, static_cast<size_t>(BN * dv_padded) * sizeof(C));
+      const int64_t count = p.keys - tile * BN < BN ? p.keys - tile * BN : BN;
+      const int64_t even = (count + 1) / 2 * 2;  // products come in pairs of keys
+      memset(t.dk, 0, static_cast<size_t>(even * d_padded) * sizeof(C));
+      memset(t.dv, 0, static_cast<size_t>(even * dv_padded) * sizeof(C));
       Base::pack_keys(t.keys, hk, tile);
       for (int64_t i = 0; i < group; ++i) {
         for (int64_t block = 0; block < blocks; ++block) {
@@ -96,7 +100,6 @@ class Gradient : public GradientBlock<T, Path> {
           add_products(t, t.queries[i], block, span, dq + (i * rows + block * BM) * d_padded);
         }
       }
-      const int64_t count = p.keys - tile * BN < BN ? p.keys - tile * BN : BN;
       for (int64_t n = 0; n < count; ++n) {
         write_scaled(row_of(g.dk, g.dk_stride, hk, tile * BN + n), t.dk + n * d_padded, p.d,
                      static_cast<C>(p.scale));

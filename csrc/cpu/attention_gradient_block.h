@@ -41,7 +41,7 @@ class GradientBlock {
   typedef typename Path::Compute C;
   typedef typename Path::Packed Packed;
   typedef typename Path::V V;
-  static constexpr int W = Path::W, NR = Path::NR, BN = Path::BN;
+  static constexpr int W = Path::W, NR = Path::NR, BN = Weights<Path>::BN;
   static constexpr int64_t half = half_panel<Path>;
 
  public:
@@ -158,15 +158,16 @@ class GradientBlock {
     count = count < 0 ? 0 : count < BN ? count : BN;
     const T *k = at(p.k, p.k_stride, hk, count > 0 ? first : 0),
             *v = at(p.v, p.v_stride, hk, count > 0 ? first : 0);
-    for (int64_t n = 0; n < BN; n += NR) {
-      const int64_t present = count - n < 0 ? 0 : count - n < NR ? count - n : NR;
-      const int64_t from = present > 0 ? n : 0;
-      Path::pack_k(x.k + n * Path::packed_length(p.d), k + from * p.k_stride[2], p.k_stride[2],
+    for (int64_t n = 0; n < count; n += NR) {
+      const int64_t present = count - n < NR ? count - n : NR;
+      Path::pack_k(x.k + n * Path::packed_length(p.d), k + n * p.k_stride[2], p.k_stride[2],
                    present, p.d);
-      Path::pack_k(x.v + n * Path::packed_length(p.dv), v + from * p.v_stride[2], p.v_stride[2],
+      Path::pack_k(x.v + n * Path::packed_length(p.dv), v + n * p.v_stride[2], p.v_stride[2],
                    present, p.dv);
     }
-    *x.not_finite = Path::pack_v(x.k_values, k, p.k_stride[2], count, BN, p.d, d_padded);
+    const int64_t steps = (count + Path::depth - 1) / Path::depth;  // of dS·K
+    *x.not_finite =
+        Path::pack_v(x.k_values, k, p.k_stride[2], count, steps * Path::depth, p.d, d_padded);
   }
 
   // What block against tile has to do. No work: count = 0.
@@ -225,8 +226,8 @@ class GradientBlock {
     for (int64_t j = from; j < from + width;) {
       const int64_t end = j / NR * NR + NR < from + width ? j / NR * NR + NR : from + width;
       for (int64_t i = 0; i < block_rows; i += MR)
-        multiply_keys<Path>(q + i * q_stride, q_stride, panels, j, end - j, d,
-                            s + i * BN + j - from);
+        multiply_keys<Path, BN>(q + i * q_stride, q_stride, panels, j, end - j, d,
+                                s + i * BN + j - from);
       j = end;
     }
   }

@@ -6,6 +6,8 @@
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 
+constexpr int TILE_KEYS = 128;
+
 // How p and ds of a block lie in memory, as weights of the products Pᵀ·dO, dSᵀ·Q (rows are keys)
 // and dS·K (rows are queries).
 template <class Path>
@@ -14,7 +16,7 @@ struct Weights;
 template <class C>
 struct Weights<Wide<C>> {  // [queries][BN], in place of the scores, read by rows or by columns
   typedef vec_of<C> V;
-  static constexpr int BN = Wide<C>::BN;
+  static constexpr int BN = TILE_KEYS;
   static constexpr int64_t key_row = 1, key_step = BN, query_row = BN, query_step = 1;
   C *p, *ds;
 
@@ -36,7 +38,7 @@ struct Weights<Wide<C>> {  // [queries][BN], in place of the scores, read by row
 #if defined(__AVX512BF16__)
 template <>
 struct Weights<Dot> {  // p and ds as pairs of queries [queries/2][BN][2], ds by rows as well
-  static constexpr int BN = Dot::BN;
+  static constexpr int BN = TILE_KEYS;
   static constexpr int64_t key_row = 2, key_step = 2 * BN, query_row = BN, query_step = 2;
   bf16 *p, *ds_pairs, *ds;
 

@@ -24,7 +24,7 @@ class ScoreGradient {
   typedef GradientBlock<T, Path> Block;
   typedef typename Path::Compute C;
   typedef typename Block::Span Span;
-  static constexpr int BM = Block::BM, BN = Path::BN;
+  static constexpr int BM = Block::BM, BN = Weights<Path>::BN;
 
   const AttentionGradientParams& g;
   const AttentionParams& p = g.call;

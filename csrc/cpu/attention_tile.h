@@ -1,4 +1,4 @@
-// The two products of attention on packed tiles: a block of 6 query rows against 64 or 128 keys.
+// The two products of attention on packed tiles: a block of 6 query rows against a tile of keys.
 //
 // K is packed in panels of NR keys, [D][NR], so that one load serves NR keys and the query element
 // is a broadcast (tile_product.h); V keeps its rows, padded to whole vectors.
@@ -55,8 +55,6 @@ struct Wide {
   typedef vec_of<C> V;
   static constexpr int W = Vec<C>::width;
   static constexpr int NR = NV * W;
-  static constexpr int BN =
-      128;  // keys of a tile: its K, then its V, stays in the first-level cache
 
   static int64_t packed_length(int64_t d) { return d; }  // elements of Packed per key
   static constexpr int value_vector = W;  // elements of Packed to the next vector of columns of V
@@ -95,10 +93,10 @@ struct Wide {
     if (j < d) store(packed + j, load(q + j, d - j), d - j);
   }
 
-  // s[6][nv·W] = rows of Q (or dO) times nv vectors of one panel of K (or V); s has rows of BN.
-  template <int nv>
+  // s[6][nv·W] = rows of Q (or dO) times nv vectors of one panel of K (or V).
+  template <int nv, int s_stride>
   static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d, C* s) {
-    multiply_panel<nv>(q, q_stride, panel, NR, d, s, BN);
+    multiply_panel<nv>(q, q_stride, panel, NR, d, s, s_stride);
   }
 
   template <int n>
@@ -137,7 +135,6 @@ struct Dot {
   typedef vfloat V;
   static constexpr int W = 16;
   static constexpr int NR = NV * W;
-  static constexpr int BN = 128;  // two bytes an element: half the room of floats
 
   static int64_t packed_length(int64_t d) { return (d + 1) / 2 * 2; }
   static constexpr int value_vector = 2 * W;  // two keys lie side by side
@@ -180,10 +177,10 @@ struct Dot {
     if (d % 2 != 0) packed[d] = bf16{0};
   }
 
-  template <int nv>
+  template <int nv, int s_stride>
   static void multiply_k(const Packed* q, int64_t q_stride, const Packed* panel, int64_t d,
                          float* s) {
-    multiply_pairs<nv>(q, q_stride, panel, NR, (d + 1) / 2, s, BN);
+    multiply_pairs<nv>(q, q_stride, panel, NR, (d + 1) / 2, s, s_stride);
   }
 
   static PYFUSE_INLINE void put_p(Packed* p, const vfloat (&x)[2]) {
@@ -221,9 +218,9 @@ struct Dot {
 template <class Path>
 constexpr int64_t half_panel = Path::NR >= 8 ? Path::NR / 2 : Path::NR;
 
-// s[6][width] = rows of Q times keys [from, from + width) of a tile, packed in panels; both are
+// s[6][width] = rows of Q times keys [from, from + width) of those packed in panels; both are
 // multiples of half a panel.
-template <class Path>
+template <class Path, int s_stride>
 inline void multiply_keys(const typename Path::Packed* q, int64_t q_stride,
                           const typename Path::Packed* panels, int64_t from, int64_t width,
                           int64_t d, typename Path::Compute* s) {
@@ -231,11 +228,11 @@ inline void multiply_keys(const typename Path::Packed* q, int64_t q_stride,
   for (int64_t j = from; j < from + width;) {
     const typename Path::Packed* panel = panels + j / NR * NR * Path::packed_length(d);
     if (j % NR == 0 && from + width - j >= NR) {
-      Path::template multiply_k<NV>(q, q_stride, panel, d, s + j - from);
+      Path::template multiply_k<NV, s_stride>(q, q_stride, panel, d, s + j - from);
       j += NR;
     } else {
       panel += j % NR / Path::W * Path::panel_vector;
-      Path::template multiply_k<half / Path::W>(q, q_stride, panel, d, s + j - from);
+      Path::template multiply_k<half / Path::W, s_stride>(q, q_stride, panel, d, s + j - from);
       j += half;
     }
   }
