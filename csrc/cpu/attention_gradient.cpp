@@ -70,7 +70,8 @@ class Gradient : public GradientBlock<T, Path> {
 
   int64_t dq_size() const { return group * rows * d_padded; }  // of one key head
 
-  // How many chunks share the keys of one head: enough tasks, none below LEAST_KEYS, memory bounded.
+  // How many chunks share the keys of one head: enough tasks, none below LEAST_KEYS, memory
+  // bounded.
   int64_t chunks(int64_t heads) const {
     const int64_t wanted = (TASKS + heads - 1) / heads, most = p.keys / LEAST_KEYS;
     const int64_t room = MEMORY / (dq_size() * static_cast<int64_t>(sizeof(C)) + 1);
