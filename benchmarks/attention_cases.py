@@ -101,8 +101,8 @@ def build(shape: Shape, dtype: torch.dtype, dropout_p: float = 0.0) -> Problem:
 
 
 def check(problem: Problem, which: Pass) -> None:
-    """Raise unless one head's error is within twice eager's own (gradients: three times), plus 2 ulp of the largest
-    value; truth is eager in float64."""
+    """Raise unless one head's error is within twice eager's own (gradients: five times), plus 2 ulp of the largest
+    value; truth is eager in float64. A gradient of one query is a handful of roundings, whose worst is luck."""
     small, exact = problem.one_head(), problem.one_head(torch.float64)
     o, own_o, exact_o = _seeded(problem, "cpu"), _seeded(small, "eager"), _seeded(exact, "eager")
     require(str(problem.shape), _head(o, own_o), own_o, exact_o, factor=2)
@@ -111,7 +111,7 @@ def check(problem: Problem, which: Pass) -> None:
     for name, ours, own, truth in zip(
         ("dq", "dk", "dv"), problem.gradients(o), small.gradients(own_o), exact.gradients(exact_o), strict=True
     ):  # fmt: skip
-        require(f"{problem.shape} {name}", _head(ours, own), own, truth, factor=3)
+        require(f"{problem.shape} {name}", _head(ours, own), own, truth, factor=5)
 
 
 def _seeded(problem: Problem, backend: str) -> Tensor:
