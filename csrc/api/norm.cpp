@@ -12,9 +12,9 @@ namespace {
 bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
 int64_t size_of(DType dtype) { return is_half(dtype) ? 2 : dtype == DType::f64 ? 8 : 4; }
 
-// What cores share of a last cache, as a rule. The system is not asked: glibc's answer is the sum
-// over the package, ten times what one core gets.
-constexpr int64_t cache_bytes = int64_t{32} << 20;
+// What a call can count on of the last cache, which other work shares. The system is not asked:
+// glibc's answer is the sum over the package, ten times what one core gets.
+constexpr int64_t cache_bytes = int64_t{16} << 20;
 
 struct Rows {
   void* memory;
