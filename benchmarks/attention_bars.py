@@ -12,8 +12,9 @@ import torch
 
 import pyfuse
 from benchmarks import bench_decode, peaks
-from benchmarks.attention_cases import Pass, Problem, Shape, build, check, require, runs
+from benchmarks.attention_cases import Pass, Problem, Shape, build, check, runs
 from benchmarks.bar import Bar, share_bar, times_bar, unmeasured
+from benchmarks.command import require
 from benchmarks.turns import Spread, in_turns, ratio
 from pyfuse.backends import cpu
 from pyfuse.cli import measure

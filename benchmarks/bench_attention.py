@@ -10,7 +10,6 @@ with the shapes at which torch was faster, in a section of their own.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,9 +17,9 @@ from typing import get_args
 
 import torch
 
+from benchmarks import command
 from benchmarks.attention_cases import Pass, Shape, build, check, runs
 from benchmarks.turns import Spread, in_turns, ratio
-from pyfuse.cli import machine
 
 F32, BF16 = torch.float32, torch.bfloat16
 SHAPES = (
@@ -98,17 +97,10 @@ def summary(results: list[Result]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_attention")
-    parser.add_argument("--threads", type=int, default=machine.default_threads())
+    parser = command.parser("bench_attention")
     parser.add_argument("--quick", action="store_true", help="without the sweep")
     parser.add_argument("--pass", dest="which", choices=get_args(Pass), help="only this one")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    from pyfuse.backends.cpu import isa
-
-    print(
-        f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {isa()}, torch {torch.__version__}"
-    )
+    arguments = command.begin(parser)
     passes: tuple[Pass, ...] = (arguments.which,) if arguments.which else get_args(Pass)
     results = table(list(SHAPES), passes, budget=2.0, least=7)
     if not arguments.quick:

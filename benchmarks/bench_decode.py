@@ -10,11 +10,7 @@ it, the cache's) own speed. "of DRAM" compares with reading a buffer that no cac
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyfuse
-from benchmarks import peaks
-from pyfuse.cli import machine, measure
+from benchmarks import command, peaks
+from benchmarks.command import require
+from benchmarks.turns import Spread, in_turns
+from pyfuse.cli import measure
 
 
 @dataclass(frozen=True)
@@ -101,22 +99,7 @@ def check(shape: Shape, cache: Cache) -> None:
     """Raise unless the kernel's error is within twice eager's own, plus 2 ulp of the largest value."""
     wide = Cache(cache.q.double(), cache.k.double(), cache.v.double(), cache.seqlens_k)
     exact, eager, ours = wide.attend("eager"), cache.attend("eager"), cache.attend("cpu")
-    own, error = ((x.double() - exact).abs().max().item() for x in (eager, ours))
-    budget = 2 * own + 2 * torch.finfo(cache.q.dtype).eps * exact.abs().max().item()
-    if not error <= budget:
-        raise AssertionError(f"{shape}: error {error:.2e}, allowed {budget:.2e}")
-
-
-def medians(runs: Mapping[str, Callable[[], float]], budget: float) -> dict[str, float]:
-    """The median seconds of each, run in turns, each one once unmeasured before: its own cache state."""
-    seconds: dict[str, list[float]] = {label: [] for label in runs}
-    start = time.perf_counter()
-    while time.perf_counter() - start < budget or len(next(iter(seconds.values()))) < 9:
-        order = list(runs) if len(next(iter(seconds.values()))) % 2 == 0 else list(runs)[::-1]
-        for label in order:
-            runs[label]()
-            seconds[label].append(runs[label]())
-    return {label: statistics.median(values) for label, values in seconds.items()}
+    require(str(shape), ours, eager, exact)
 
 
 def row(shape: Shape, dtype: torch.dtype, threads: int, budget: float) -> str:
@@ -139,7 +122,8 @@ def row(shape: Shape, dtype: torch.dtype, threads: int, budget: float) -> str:
         "torch": measure.stopwatch(by_torch),
         "read": peaks.reader(threads, *cache.memory()),
     }
-    seconds = medians(runs, budget)
+    rounds = in_turns(runs, budget=budget, least=9)
+    seconds = {label: Spread.of(values).median for label, values in rounds.items()}
     dram = peaks.read_bandwidth(threads)
     ours, size = seconds["pyfuse"], cache.k.nbytes + cache.v.nbytes
     return (
@@ -150,17 +134,10 @@ def row(shape: Shape, dtype: torch.dtype, threads: int, budget: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_decode")
-    parser.add_argument("--threads", type=int, default=machine.default_threads())
+    parser = command.parser("bench_decode")
     parser.add_argument("--quick", action="store_true", help="only the promised shapes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    from pyfuse.backends.cpu import isa
-
-    print(
-        f"{machine.cpu_model()}, {arguments.threads} threads, {isa()}, torch {torch.__version__}; "
-        f"DRAM {peaks.read_bandwidth(arguments.threads) / 1e9:.1f} GB/s"
-    )
+    arguments = command.begin(parser)
+    print(f"DRAM {peaks.read_bandwidth(arguments.threads) / 1e9:.1f} GB/s")
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             for shape in PROMISED if arguments.quick else SHAPES:

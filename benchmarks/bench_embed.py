@@ -9,9 +9,7 @@ read and the result written (backward: its gradient read, and the dense gradient
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyfuse
-from pyfuse.cli import machine, measure
+from benchmarks import command
+from benchmarks.command import Calls, require, row
 
 Tables = dict[str, Tensor]
 
@@ -68,14 +67,6 @@ def torch_embed(ids: Tensor, segments: Tensor | None, t: Tables, p: float) -> Te
     return F.dropout(e, p) if p > 0.0 else e
 
 
-def require_close(name: str, actual: Tensor, eager: Tensor, exact: Tensor, factor: float) -> None:
-    """Raise unless the kernel's error is within a few times eager's, plus 2 ulp of the largest value."""
-    own, error = ((x.double() - exact).abs().max().item() for x in (eager, actual))
-    budget = factor * own + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    if not error <= budget:
-        raise AssertionError(f"{name}: error {error:.2e}, allowed {budget:.2e}")
-
-
 class Case:
     """The calls of one shape and dtype, checked when it is made."""
 
@@ -107,16 +98,16 @@ class Case:
         eager, ours = (self._results(name, self.dy.dtype) for name in ("eager", "cpu"))
         for name, result in ours.items():
             factor = 2.0 if name == "y" else 3.0
-            require_close(name, result, eager[name], exact[name], factor)
+            require(name, result, eager[name], exact[name], factor=factor)
 
-    def forward_calls(self) -> dict[str, Callable[[], object]]:
+    def forward_calls(self) -> Calls:
         p, given = self.shape.dropout, (self.ids, self.segments, self.tables)
         return {
             "peer": lambda: torch_embed(*given, p),
             "pyfuse": lambda: self._embed(self.tables, "cpu"),
         }
 
-    def backward_calls(self) -> dict[str, Callable[[], object]]:
+    def backward_calls(self) -> Calls:
         leaves = {k: t.detach().requires_grad_() for k, t in self.tables.items()}
         points = list(leaves.values())
         with torch.enable_grad():
@@ -128,28 +119,14 @@ class Case:
         }
 
 
-def row(name: str, megabytes: float, calls: dict[str, Callable[[], object]]) -> str:
-    runs = {label: measure.stopwatch(call) for label, call in calls.items()}
-    best = measure.interleave(runs, rounds=60, budget=4.0)
-    ours = best["pyfuse"]
-    return f"{name}{1e3 * ours:9.3f} ms {megabytes / 1e3 / ours:6.1f} GB/s  {best['peer'] / ours:6.2f} x torch"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_embed")
-    parser.add_argument("--threads", type=int, default=machine.default_threads())
-    torch.set_num_threads(parser.parse_args().threads)
-    from pyfuse.backends.cpu import isa
-
-    print(
-        f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {isa()}, torch {torch.__version__}"
-    )
+    command.begin(command.parser("bench_embed"))
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
             for shape in SHAPES:
                 case = Case(shape, dtype)
-                result = case.dy.nbytes / 1e6
-                tables = sum(t.nbytes for t in case.tables.values()) / 1e6
+                result = case.dy.nbytes
+                tables = sum(t.nbytes for t in case.tables.values())
                 name = f"{str(dtype).removeprefix('torch.'):9}{shape.name:24}"
                 print(row(f"{name}forward  ", 2 * result, case.forward_calls()), flush=True)
                 print(row(f"{name}backward ", result + tables, case.backward_calls()), flush=True)

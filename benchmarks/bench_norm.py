@@ -9,7 +9,6 @@ rows of x, residual, y and z (backward: z, dy, dz and dx) once each.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyfuse
-from pyfuse.cli import machine, measure
+from benchmarks import command
+from benchmarks.command import Calls, require, row
 
 SHAPES = ((1, 768), (512, 576), (4096, 768), (8192, 4096))
-Calls = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,6 @@ KINDS = (
     Kind("add+layer_norm", rms=False, fused=True),
     Kind("add+rms_norm", rms=True, fused=True),
 )
-
-
-def require_close(name: str, actual: Tensor, eager: Tensor, exact: Tensor, factor: float) -> None:
-    """Raise unless the kernel's error is within a few times eager's, plus 2 ulp of the largest value."""
-    own, error = ((x.double() - exact).abs().max().item() for x in (eager, actual))
-    budget = factor * own + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    if not error <= budget:
-        raise AssertionError(f"{name}: error {error:.2e}, allowed {budget:.2e}")
 
 
 class Case:
@@ -97,7 +88,7 @@ class Case:
             found.append((*[y.detach() for y in results], *grads))
         for i, (actual, eager, exact) in enumerate(zip(*found, strict=True)):
             factor = 2.0 if i < len(self.flow) else 3.0
-            require_close(f"{self.kind.name}, tensor {i}", actual, eager, exact, factor)
+            require(f"{self.kind.name}, tensor {i}", actual, eager, exact, factor=factor)
 
     def forward_calls(self) -> Calls:
         return {"peer": self.peer, "pyfuse": lambda: self.ours(self.leaves, "cpu")}
@@ -112,27 +103,13 @@ class Case:
         return {name: backward(results) for name, results in graphs.items()}
 
 
-def row(name: str, gigabytes: float, calls: Calls) -> str:
-    runs = {label: measure.stopwatch(call) for label, call in calls.items()}
-    best = measure.interleave(runs, rounds=200, budget=3.0)
-    ours, theirs = best["pyfuse"], best["peer"]
-    return f"{name}{1e3 * ours:9.4f} ms {gigabytes / ours:6.1f} GB/s  {theirs / ours:6.2f} x torch"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_norm")
-    parser.add_argument("--threads", type=int, default=machine.default_threads())
-    torch.set_num_threads(parser.parse_args().threads)
-    from pyfuse.backends.cpu import isa
-
-    print(
-        f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {isa()}, torch {torch.__version__}"
-    )
+    command.begin(command.parser("bench_norm"))
     for dtype in (torch.float32, torch.bfloat16):
         for rows, d in SHAPES:
             for kind in KINDS:
                 case = Case(kind, rows, d, dtype)
-                unit = case.leaves["x"].nbytes / 1e9
+                unit = case.leaves["x"].nbytes
                 shape = f"{rows}x{d}"
                 name = f"{str(dtype).removeprefix('torch.'):9}{shape:10} {kind.name:15}"
                 moved = kind.tensors_moved

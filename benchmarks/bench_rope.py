@@ -8,9 +8,7 @@ with the eager formula in float64. GB/s count reading and writing q and k once.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor
 
 import pyfuse
-from pyfuse.cli import machine, measure
+from benchmarks import command
+from benchmarks.command import Calls, require, row
 
 
 @dataclass(frozen=True)
@@ -64,23 +63,15 @@ def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tuple[
     return qr, kr
 
 
-def require_close(name: str, actual: Tensor, theirs: Tensor, exact: Tensor) -> None:
-    """Raise unless the kernel's error is within twice the peer's, plus 2 ulp of the largest value."""
-    own, error = ((x.double() - exact).abs().max().item() for x in (theirs, actual))
-    budget = 2 * own + 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    if not error <= budget:
-        raise AssertionError(f"{name}: error {error:.2e}, allowed {budget:.2e}")
-
-
-def forward_calls(given: list[Tensor]) -> dict[str, Callable[[], object]]:
+def forward_calls(given: list[Tensor]) -> Calls:
     exact = ours(*(t.double() for t in given), backend="eager")
     triples = zip(ours(*given, backend="cpu"), hugging_face(*given), exact, strict=True)
     for result in triples:
-        require_close("forward", *result)
+        require("forward", *result)
     return {"peer": lambda: hugging_face(*given), "pyfuse": lambda: ours(*given, backend="cpu")}
 
 
-def backward_calls(given: list[Tensor]) -> dict[str, Callable[[], object]]:
+def backward_calls(given: list[Tensor]) -> Calls:
     q, k, cos, sin = given
     grads = [torch.randn_like(q), torch.randn_like(k)]
     leaves = [t.detach().requires_grad_() for t in (q, k)]
@@ -93,33 +84,23 @@ def backward_calls(given: list[Tensor]) -> dict[str, Callable[[], object]]:
     theirs, mine = (partial(gradients, result) for result in results)
     exact = ours(*(t.double() for t in (*grads, cos, -sin)), backend="eager")
     for result in zip(mine(), theirs(), exact, strict=True):
-        require_close("backward", *result)
+        require("backward", *result)
     return {"peer": theirs, "pyfuse": mine}
 
 
-def row(name: str, given: list[Tensor], calls: dict[str, Callable[[], object]]) -> str:
-    runs = {label: measure.stopwatch(call) for label, call in calls.items()}
-    best = measure.interleave(runs, rounds=60, budget=3.0)
-    rate = 2 * (given[0].nbytes + given[1].nbytes) / best["pyfuse"] / 1e9
-    return f"{name}{1e3 * best['pyfuse']:9.3f} ms {rate:6.1f} GB/s  {best['peer'] / best['pyfuse']:6.2f} x Hugging Face"
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_rope")
-    parser.add_argument("--threads", type=int, default=machine.default_threads())
-    torch.set_num_threads(parser.parse_args().threads)
-    from pyfuse.backends.cpu import isa
-
-    print(
-        f"{machine.cpu_model()}, {torch.get_num_threads()} threads, {isa()}, torch {torch.__version__}"
-    )
+    command.begin(command.parser("bench_rope"))
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
             for shape in SHAPES:
                 given = shape.tensors(dtype)
-                kind = str(dtype).removeprefix("torch.")
+                kind, moved = (
+                    str(dtype).removeprefix("torch."),
+                    2 * sum(t.nbytes for t in given[:2]),
+                )
                 for step, calls in (("forward", forward_calls), ("backward", backward_calls)):
-                    print(row(f"{kind:9}{shape!s:20}{step:9}", given, calls(given)), flush=True)
+                    name = f"{kind:9}{shape!s:20}{step:9}"
+                    print(row(name, moved, calls(given), peer="Hugging Face"), flush=True)
     return 0
 
 

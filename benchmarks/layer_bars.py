@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pyfuse
-from benchmarks.attention_cases import require
 from benchmarks.bar import Bar, times_bar, unmeasured
+from benchmarks.command import require
 from benchmarks.turns import in_turns, ratio
 from pyfuse.cli import measure
 from pyfuse.models import zoo
