@@ -69,6 +69,19 @@ class Case:
         return "-".join(words)
 
 
+# Options that change nothing, however they are put, of a call of the default sizes and heads.
+WITHOUT_EFFECT: tuple[dict[str, Any], ...] = (
+    {"window": (111, 111)},
+    {"window": (2**40, -1)},
+    {"softcap": 1e5},
+    {"mask": torch.ones(1, dtype=torch.bool)},
+    {"mask": torch.zeros(65, 1)},
+    {"seqlens_k": torch.tensor([111, 5000])},
+    {"sinks": torch.full((4,), -torch.inf)},
+    {"alibi_slopes": torch.zeros(4)},
+)
+
+
 @dataclass
 class Inputs:
     """The tensors q, k, v of a call and its options."""

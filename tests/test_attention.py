@@ -10,7 +10,7 @@ import numerics
 import oracle
 import pytest
 import torch
-from cases import ALL, SINGLE, Case, Inputs, build, laid_out
+from cases import ALL, SINGLE, WITHOUT_EFFECT, Case, Inputs, build, laid_out
 from conftest import Target
 from torch import Tensor
 
@@ -241,16 +241,7 @@ def test_options_without_effect(target: Target, dtype: str) -> None:
     inputs = build(Case(dtype=dtype))
     expected = call(target.backend, inputs)
     close = {"rtol": 0.0, "atol": 4 * torch.finfo(expected.dtype).eps}
-    for options in (
-        {"window": (111, 111)},
-        {"window": (2**40, -1)},
-        {"softcap": 1e5},
-        {"mask": torch.ones(1, dtype=torch.bool)},
-        {"mask": torch.zeros(65, 1)},
-        {"seqlens_k": torch.tensor([111, 5000])},
-        {"sinks": torch.full((4,), -INF)},
-        {"alibi_slopes": torch.zeros(4)},
-    ):
+    for options in WITHOUT_EFFECT:
         actual = call(target.backend, inputs, **options)
         torch.testing.assert_close(actual, expected, **close, msg=lambda m, o=options: f"{o}: {m}")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numerics
 import pytest
 import torch
+from cases import WITHOUT_EFFECT
 from conftest import Target, at_threads
 from torch import Tensor
 
@@ -155,16 +156,7 @@ def test_options_without_effect(target: Target, dtype: torch.dtype) -> None:
     }
     upstream = made(2, 4, 65, 64)
     expected = gradients(leaves, target.backend, upstream)
-    for options in (
-        {"window": (111, 111)},
-        {"window": (2**40, -1)},
-        {"softcap": 1e5},
-        {"mask": torch.ones(1, dtype=torch.bool)},
-        {"mask": torch.zeros(65, 1)},
-        {"seqlens_k": torch.tensor([111, 5000])},
-        {"sinks": torch.full((4,), -INF)},
-        {"alibi_slopes": torch.zeros(4)},
-    ):
+    for options in WITHOUT_EFFECT:
         actual = gradients(leaves, target.backend, upstream, **options)
         for name, grad in actual.items():
             atol = 8 * torch.finfo(dtype).eps * expected[name].abs().max().item()

@@ -11,8 +11,7 @@ namespace pyfuse {
 namespace {
 
 constexpr int64_t SERIAL_BYTES = 64 * 1024;  // to copy; below it waking a thread costs more
-
-constexpr int64_t MOST_QUERIES = 16;  // of what counts as decoding
+constexpr int64_t MOST_QUERIES = 16;         // of what counts as decoding
 
 // Rows to write into a cache: [B, Hk, M, row] at the last M keys of every sequence.
 struct NewRows {
@@ -29,21 +28,14 @@ struct DecodeCall {
   NewRows k, v;
 };
 
-int64_t integer_at(const void* from, bool is_64_bit, int64_t i) {
-  return is_64_bit ? static_cast<const int64_t*>(from)[i] : static_cast<const int32_t*>(from)[i];
-}
-int64_t page_of(const DecodeParams& p, int64_t b, int64_t i) {
-  return integer_at(p.block_table, p.table_is_64_bit,
-                    b * p.table_stride[0] + i * p.table_stride[1]);
-}
-
 std::vector<int64_t> read_lengths(Arguments& from, int64_t batch) {
   const void* at = from.address(batch > 0 ? "seqlens_k" : nullptr);
   const bool is_64_bit = from.integer() != 0;
   const int64_t stride = from.integer();
   std::vector<int64_t> lengths(static_cast<size_t>(batch));
   for (int64_t b = 0; b < batch; ++b) {
-    lengths[static_cast<size_t>(b)] = integer_at(at, is_64_bit, b * stride);
+    lengths[static_cast<size_t>(b)] = is_64_bit ? static_cast<const int64_t*>(at)[b * stride]
+                                                : static_cast<const int32_t*>(at)[b * stride];
   }
   return lengths;
 }
@@ -118,7 +110,7 @@ void check_pages(const DecodeParams& p) {
     const int64_t first_query = p.seqlens_k[b] - p.queries;
     const int64_t lo = p.window_left >= 0 ? first_query - p.window_left : 0;
     for (int64_t i = lo > 0 ? lo / p.page_size : 0; i * p.page_size < p.seqlens_k[b]; ++i) {
-      const int64_t page = page_of(p, b, i);
+      const int64_t page = p.page_of(b, i);
       if (page < 0 || page >= p.pages)
         throw std::invalid_argument("block_table: entry [" + text(b) + ", " + text(i) + "] is " +
                                     text(page) + ", but the cache has " + text(p.pages) + " pages");
@@ -130,7 +122,7 @@ void append(const DecodeParams& p, const NewRows& rows, int64_t b, int64_t hk) {
   for (int64_t m = 0; m < p.queries; ++m) {
     const int64_t key = p.seqlens_k[b] - p.queries + m;
     const bool paged = p.block_table != nullptr;
-    const int64_t block = paged ? page_of(p, b, key / p.page_size) : b;
+    const int64_t block = paged ? p.page_of(b, key / p.page_size) : b;
     const int64_t row = paged ? key % p.page_size : key;
     const int64_t to =
         block * rows.cache_stride[0] + hk * rows.cache_stride[1] + row * rows.cache_stride[2];

@@ -299,10 +299,10 @@ void run_by_head(const AttentionParams& p) {
     const auto task = forward.take_task(carver);
     for (int64_t tile = 0; tile < forward.tiles; ++tile) forward.pack_tile(head, hk, tile);
     // The head that this thread takes next, most likely, comes out of memory meanwhile.
-    const int64_t next = i + p.threads < heads ? i + p.threads : i;
+    const int64_t next = fetches && i + p.threads < heads ? i + p.threads : i;
     const Forward<T, Path> then(sequence_of(p, next / p.heads_k), far);
     auto rest = then.ahead(next % p.heads_k);
-    if (next == i || !fetches) rest.end = 0;
+    if (next == i) rest.end = 0;
     const auto fetch = [&] { then.fetch_some(rest); };
     for (int64_t g = 0; g < forward.group; ++g)
       for (int64_t block = 0; block < forward.blocks; ++block)

@@ -77,7 +77,6 @@ class Gradient : public GradientBlock<T, Path> {
     const int64_t room = MEMORY / (dq_size() * static_cast<int64_t>(sizeof(C)) + 1);
     int64_t count = wanted < most ? wanted : most;
     count = count < room ? count : room;
-    count = count < tiles ? count : tiles;
     return count < 1 ? 1 : count;
   }
 

@@ -18,12 +18,6 @@ PYFUSE_INLINE void prefetch_row(const T* p, int64_t length) {
     __builtin_prefetch(p + j);
 }
 
-inline int64_t page_of(const DecodeParams& p, int64_t b, int64_t i) {
-  const int64_t at = b * p.table_stride[0] + i * p.table_stride[1];
-  return p.table_is_64_bit ? static_cast<const int64_t*>(p.block_table)[at]
-                           : static_cast<const int32_t*>(p.block_table)[at];
-}
-
 // rows[i] = row lo + i of sequence b and key head hk, of k or v, i < count.
 template <class T>
 void find_rows(const DecodeParams& p, const void* cache, const int64_t* stride, int64_t b,
@@ -36,7 +30,7 @@ void find_rows(const DecodeParams& p, const void* cache, const int64_t* stride, 
   }
   int64_t page = lo / p.page_size, slot = lo % p.page_size;
   for (int64_t i = 0; i < count; ++page, slot = 0) {
-    const T* row = base + page_of(p, b, page) * stride[0] + slot * stride[2];
+    const T* row = base + p.page_of(b, page) * stride[0] + slot * stride[2];
     for (; slot < p.page_size && i < count; ++slot, ++i, row += stride[2]) rows[i] = row;
   }
 }

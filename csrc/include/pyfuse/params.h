@@ -71,6 +71,12 @@ struct DecodeParams : AttentionParams {
   bool table_is_64_bit = false;
   int64_t table_stride[2] = {};
   int64_t page_size = 1, pages = 0;
+
+  int64_t page_of(int64_t b, int64_t i) const {
+    const int64_t at = b * table_stride[0] + i * table_stride[1];
+    return table_is_64_bit ? static_cast<const int64_t*>(block_table)[at]
+                           : static_cast<const int32_t*>(block_table)[at];
+  }
 };
 
 enum class NormKind : int { layer = 0, llama = 1, gemma = 2, torch = 3 };  // RMSNorm: by casting

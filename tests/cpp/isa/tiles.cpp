@@ -28,6 +28,34 @@ TEST(transposed_squares_and_row_sums) {
   check_transpose<double>();
 }
 
+// Of R rows, as many vectors of results as they need.
+template <class C, int R>
+void check_fold() {
+  typedef typename Vec<C>::type V;
+  constexpr int W = Vec<C>::width;
+  V row[R], sums[(R + W - 1) / W], tops[(R + W - 1) / W];
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < W; ++j) row[i][j] = C((7 * i + 5 * j) % 11 - 20 * i);
+  fold_rows<W>(row, Add{}, sums);
+  fold_rows<W>(row, Max{}, tops);
+  for (int i = 0; i < R; ++i) {
+    C sum = 0, top = row[i][0];
+    for (int j = 0; j < W; ++j) sum += row[i][j], top = row[i][j] > top ? row[i][j] : top;
+    CHECK(sums[i / W][i % W] == sum, "row %d of %d", i, R);
+    CHECK(tops[i / W][i % W] == top, "row %d of %d", i, R);
+  }
+}
+template <class C>
+void check_folds() {
+  check_fold<C, 1>(), check_fold<C, 2>(), check_fold<C, 3>(), check_fold<C, 5>();
+  check_fold<C, 6>(), check_fold<C, 8>(), check_fold<C, 13>(), check_fold<C, 16>();
+}
+
+TEST(sums_and_maxima_of_any_number_of_rows) {
+  check_folds<float>();
+  check_folds<double>();
+}
+
 // Integers from -4 to 4.
 double digit() { return static_cast<int>(4.5 * test::random_unit()); }
 
