@@ -174,8 +174,8 @@ def window() -> Iterator[Bar]:
     """A window costs what it covers."""
     shape = square(8192, causal=True)
     problem = build(shape, F32)
-    small = problem.one_head()
-    exact = problem.one_head(torch.float64)
+    small = problem.part()
+    exact = problem.part(torch.float64)
 
     def attend(p: Problem, backend: str = "cpu", width: int | None = 256) -> torch.Tensor:
         with torch.no_grad():

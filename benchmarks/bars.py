@@ -126,16 +126,15 @@ def _random_models() -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
     ids = torch.randint(5, 1000, (2, 128), generator=torch.Generator().manual_seed(0))
     one = {"input_ids": ids}
     both = {"input_ids": ids, "decoder_input_ids": ids[:, :64]}
-    small = {"vocab_size": 8192}
+    small: dict[str, Any] = {"vocab_size": 8192}
     yield "GPT-2", t.GPT2LMHeadModel(t.GPT2Config(n_layer=4, **small)), one
     yield "BERT", t.BertModel(t.BertConfig(num_hidden_layers=4, **small)), one
     yield "DistilBERT", t.DistilBertModel(t.DistilBertConfig(n_layers=4, **small)), one
-    t5 = t.T5Config(
-        d_model=512, num_layers=4, d_ff=2048, num_heads=8, decoder_start_token_id=0, **small
-    )  # fmt: skip
+    t5 = t.T5Config(d_model=512, num_layers=4, d_ff=2048, num_heads=8, **small)
+    t5.decoder_start_token_id = 0
     yield "T5", t.T5ForConditionalGeneration(t5), both
-    width = {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
-    heads = {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
+    width: dict[str, Any] = {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072}
+    heads: dict[str, Any] = {"encoder_attention_heads": 12, "decoder_attention_heads": 12}
     bart = t.BartConfig(encoder_layers=4, decoder_layers=4, **width, **heads, **small)
     yield "BART", t.BartForConditionalGeneration(bart), both
     mistral = t.MistralConfig(

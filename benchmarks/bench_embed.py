@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,13 +78,8 @@ class Case:
         self._check()
 
     def _embed(self, tables: Tables, backend: str) -> Tensor:
-        return pyfuse.embed(
-            self.ids,
-            segment_ids=self.segments,
-            dropout_p=self.shape.dropout,
-            backend=backend,
-            **tables,
-        )
+        options: dict[str, Any] = {"dropout_p": self.shape.dropout, **tables}
+        return pyfuse.embed(self.ids, segment_ids=self.segments, backend=backend, **options)
 
     def _results(self, backend: str, dtype: torch.dtype) -> Tables:
         leaves = {k: t.to(dtype).detach().requires_grad_() for k, t in self.tables.items()}

@@ -56,7 +56,7 @@ def hugging_face(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
-def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
     half = q.shape[-1] // 2
     c, s = cos[..., :half], sin[..., :half]
     qr, kr = (pyfuse.rope(x, c, s, layout="half", backend=backend) for x in (q, k))
@@ -74,9 +74,9 @@ def forward_calls(given: list[Tensor]) -> Calls:
 def backward_calls(given: list[Tensor]) -> Calls:
     q, k, cos, sin = given
     grads = [torch.randn_like(q), torch.randn_like(k)]
-    leaves = [t.detach().requires_grad_() for t in (q, k)]
+    q, k = leaves = [t.detach().requires_grad_() for t in (q, k)]
     with torch.enable_grad():
-        results = hugging_face(*leaves, cos, sin), ours(*leaves, cos, sin, backend="cpu")
+        results = hugging_face(q, k, cos, sin), ours(q, k, cos, sin, backend="cpu")
 
     def gradients(result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         return torch.autograd.grad(result, leaves, grads, retain_graph=True)
