@@ -1,0 +1,168 @@
+// ld and st (PTX ISA, "Data Movement and Conversion Instructions": ld, ld.global.nc, st, prefetch).
+#include <algorithm>
+
+#include "../access.h"
+#include "pick.h"
+
+namespace ptxemu {
+namespace {
+
+struct MemoryDetail : Detail {
+  int register_bytes = 0;
+  bool is_signed = false;
+  bool strong = false;  // volatile, relaxed, acquire, release
+};
+
+// o[0] is the address, o[1..] the elements.
+void run_load(Warp& w, const Inst& inst, Mask lanes) {
+  const auto& detail = static_cast<const MemoryDetail&>(*inst.detail);
+  const Addresses a = addresses(w, inst, inst.o[0], lanes);
+  const uint64_t bytes = uint64_t{inst.size} * inst.count;
+  if (inst.counted == Class::LoadGlobal) count_sectors(w, inst, lanes, a, bytes);
+  if (inst.counted == Class::LoadShared) count_wavefronts(w, inst, lanes, a, bytes);
+  Mask known = 0;
+  uint64_t seen = 0;
+  each_lane(lanes, [&](int lane) {
+    alignas(32) uint8_t data[64];
+    Location from = locate(w, inst, lane, inst.space, a.at[lane], bytes, bytes, false);
+    if (from.host == nullptr) {
+      std::fill_n(data, bytes, 0xff);
+      known |= 1u << lane;  // has been reported
+    } else {
+      if (detail.strong) strong_acquire(w, from);
+      if (read_memory(w, inst, lane, from, bytes, data, detail.strong)) known |= 1u << lane;
+    }
+    for (int i = 0; i < inst.count; ++i) {
+      uint64_t value = 0;
+      std::memcpy(&value, data + i * inst.size, inst.size);
+      if (detail.is_signed && inst.size < 8) {
+        const int unused = 64 - 8 * inst.size;
+        value = static_cast<uint64_t>(static_cast<int64_t>(value << unused) >> unused);
+      }
+      seen = seen * 31 + value;
+      std::memcpy(w.row<uint8_t>(inst.o[1 + i]) + lane * detail.register_bytes, &value,
+                  static_cast<size_t>(detail.register_bytes));
+    }
+  });
+  for (int i = 0; i < inst.count; ++i) w.define(inst.o[1 + i], lanes, known, inst);
+  if (detail.strong) note_poll(w, inst, seen);
+}
+
+void run_store(Warp& w, const Inst& inst, Mask lanes) {
+  const auto& detail = static_cast<const MemoryDetail&>(*inst.detail);
+  const Addresses a = addresses(w, inst, inst.o[0], lanes);
+  const uint64_t bytes = uint64_t{inst.size} * inst.count;
+  if (inst.counted == Class::StoreGlobal) count_sectors(w, inst, lanes, a, bytes);
+  if (inst.counted == Class::StoreShared) count_wavefronts(w, inst, lanes, a, bytes);
+  Mask known = kAllLanes, global = 0;
+  for (int i = 0; i < inst.count; ++i) known &= w.defined[inst.o[1 + i].row];
+  each_lane(lanes, [&](int lane) {
+    Location to = locate(w, inst, lane, inst.space, a.at[lane], bytes, bytes, true);
+    if (to.host == nullptr) return;
+    if (to.space == Space::Global) global |= 1u << lane;
+    uint8_t data[64];
+    for (int i = 0; i < inst.count; ++i)
+      std::memcpy(data + i * inst.size, w.row<uint8_t>(inst.o[1 + i]) + lane * detail.register_bytes, inst.size);
+    if (detail.strong) strong_release(w, to);
+    write_memory(w, inst, lane, to, bytes, data, known >> lane & 1, detail.strong);
+  });
+  if (global & ~known)
+    for (int i = 0; i < inst.count; ++i) w.require_defined(inst.o[1 + i], global, inst, "what it stores");
+}
+
+// ---- decoding
+
+Space take_space(Decoder& d) {
+  switch (d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry",
+                      "param::func"}, 9)) {
+    case 0: return Space::Global;
+    case 1: case 2: return Space::Shared;
+    case 3: return Space::SharedCluster;
+    case 4: return Space::Local;
+    case 5: return Space::Const;
+    case 9: return Space::Generic;
+    default: return Space::Param;
+  }
+}
+
+// What orders and what only hints. Gives whether the access is strong.
+bool take_order(Decoder& d) {
+  const bool strong = d.take_one({"volatile", "relaxed", "acquire", "release", "mmio", "cv"}, 6) != 6;
+  d.ignore({"weak", "cta", "cluster", "gpu", "sys", "ca", "cg", "cs", "lu", "wb", "wt", "nc", "L1::evict_normal",
+            "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::evict_last",
+            "L2::evict_first", "L2::evict_normal", "L2::64B", "L2::128B", "L2::256B", "unified"});
+  return strong;
+}
+
+void decode_access(Decoder& d, bool is_load) {
+  auto& detail = d.detail<MemoryDetail>();
+  d.inst.space = take_space(d);
+  detail.strong = take_order(d);
+  const bool hint = d.take("L2::cache_hint");
+  static constexpr uint8_t kCounts[] = {2, 4, 8, 1};
+  d.inst.count = kCounts[d.take_one({"v2", "v4", "v8"}, 3)];
+  const Type type = d.take_type();
+  d.need_args(2 + hint, 2 + hint);
+  if (hint) d.src(d.arg(2), Type::B64);
+  if (bits_of(type) < 8 || bits_of(type) > 64) d.refuse(std::string("type .") + name_of(type) + " is not supported");
+  d.inst.size = static_cast<uint8_t>(bytes_of(type));
+  detail.is_signed = is_signed(type);
+  const std::vector<Arg> values = Decoder::elements(d.arg(is_load ? 0 : 1));
+  if (values.size() != d.inst.count) d.refuse("has " + std::to_string(values.size()) + " elements");
+  d.inst.o[0] = d.address(d.arg(is_load ? 1 : 0));
+  for (size_t i = 0; i < values.size(); ++i) {
+    int bytes = 0;
+    d.inst.o[1 + i] = is_load ? d.wide_dst(values[i], type, bytes) : d.wide_src(values[i], type, bytes);
+    if (values[i].kind == Arg::Kind::Sink) bytes = std::max(detail.register_bytes, std::max(bytes_of(type), 2));
+    if (i && bytes != detail.register_bytes) {
+      if (values[i - 1].kind != Arg::Kind::Sink) d.refuse("elements in registers of different widths");
+    }
+    detail.register_bytes = bytes;
+  }
+  d.inst.run = is_load ? &run_load : &run_store;
+  switch (d.inst.space) {
+    case Space::Global: d.inst.counted = is_load ? Class::LoadGlobal : Class::StoreGlobal; break;
+    case Space::Shared: case Space::SharedCluster: d.inst.counted = is_load ? Class::LoadShared : Class::StoreShared; break;
+    case Space::Local: d.inst.counted = is_load ? Class::LoadLocal : Class::StoreLocal; break;
+    case Space::Const: case Space::Param: d.inst.counted = Class::LoadParam; break;
+    case Space::Generic: d.inst.counted = is_load ? Class::LoadGlobal : Class::StoreGlobal; break;
+  }
+  if (d.inst.space == Space::Shared || d.inst.space == Space::SharedCluster || d.inst.space == Space::Generic)
+    d.touches_shared(d.inst.size);
+}
+
+void do_nothing(Warp&, const Inst&, Mask) {}
+
+void decode_prefetch(Decoder& d) {
+  d.ignore({"global", "L1", "L2", "tensormap", "param", "const", "L2::evict_last", "L2::evict_normal"});
+  d.inst.o[0] = d.address(d.arg(0));
+  d.inst.run = &do_nothing;
+}
+
+// Cache policies are opaque, and without meaning where there is no cache.
+void run_policy(Warp& w, const Inst& inst, Mask lanes) {
+  auto* d = w.row<uint64_t>(inst.o[0]);
+  each_lane(lanes, [&](int lane) { d[lane] = 0x14f0000000000000u; });
+  w.define(inst.o[0], lanes, kAllLanes, inst);
+}
+
+void decode_createpolicy(Decoder& d) {
+  d.take_one({"fractional"});
+  d.ignore({"L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::evict_unchanged"});
+  d.take_type();
+  d.need_args(1, 2);
+  d.inst.o[0] = d.dst(d.arg(0), Type::B64);
+  d.inst.run = &run_policy;
+}
+
+}  // namespace
+
+const std::vector<Opcode> kMemoryOpcodes = {
+    {"ld", [](Decoder& d) { decode_access(d, true); }},
+    {"st", [](Decoder& d) { decode_access(d, false); }},
+    {"prefetch", decode_prefetch},
+    {"prefetchu", decode_prefetch},
+    {"createpolicy", decode_createpolicy},
+};
+
+}  // namespace ptxemu
