@@ -3,10 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h' 'benchmarks/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse tests benchmarks setup.py
 
-.PHONY: help demo models test test-cpp test-san test-arm lint format bars bench clean
+.PHONY: help demo models test test-triton-newest test-cpp test-san test-arm lint format bars bench clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -25,6 +25,12 @@ demo: $(BIN)/pyfuse ## two real models, stock and accelerated, side by side
 
 test: $(BIN)/pyfuse ## every test; those of the real models run once `make models` has fetched them
 	$(BIN)/python -m pytest -q
+
+TRITON_NEWEST ?= 3.9.0
+test-triton-newest: $(BIN)/pyfuse ## the tests that compile Triton kernels, with the newest Triton
+	test -d build/triton-$(TRITON_NEWEST) || $(BIN)/python -m pip install --quiet --no-deps \
+	  --target build/triton-$(TRITON_NEWEST) triton==$(TRITON_NEWEST)
+	PYTHONPATH=build/triton-$(TRITON_NEWEST) $(BIN)/python -m pytest -q -m triton tests/ptxemu
 
 # The three below need no Python, only cmake (the virtual environment's, or the system's) and a compiler.
 # ARGS: --slow, --isa=avx2, a part of a test's name.

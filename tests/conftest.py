@@ -99,6 +99,17 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`gpu`: the emulator in each architecture that `@pytest.mark.archs` names, or the real device in its own."""
+    if "gpu" not in metafunc.fixturenames:
+        return
+    from ptxemu import gpu  # here, since it builds the emulator
+
+    marker = metafunc.definition.get_closest_marker("archs")
+    archs = marker.args if marker else gpu.ARCHS
+    metafunc.parametrize("gpu", gpu.targets(archs), ids=str)
+
+
 @pytest.fixture
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of one operation has the same dropout."""

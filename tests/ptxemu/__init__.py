@@ -8,8 +8,9 @@ Time is not modelled: nothing here says how fast a kernel is.
 """
 
 from .build import BuildError
-from .emulator import Argument, Module, Output, PtxError, load
-from .emulator import Struct as struct
+from .arguments import Argument, Output
+from .arguments import Struct as struct
+from .emulator import Module, PtxError, load
 from .report import Accesses, EmulationError, Finding, Report
 from .tensor_map import TensorMap
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,10 @@ SOURCES = Path(__file__).resolve().parent
 ROOT = SOURCES.parents[1]
 # The file name says for which Python it is, the folder also for which platform.
 FOLDER = ROOT / "build" / f"ptxemu-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+
+
+# Compiled kernels.
+CACHE = Path(os.environ.get("PTXEMU_CACHE", ROOT / "build" / "ptxemu-cache"))
 
 
 class BuildError(RuntimeError):

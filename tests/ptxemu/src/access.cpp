@@ -148,7 +148,10 @@ bool read_memory(Warp& w, const Inst& inst, int lane, const Location& from, uint
     case Space::Shared: {
       SharedMemory& s = *from.block->shared;
       const HazardInfo hazard = s.read(w.access(inst, lane, atomic), from.offset, bytes);
-      if (__builtin_expect(hazard.hazard != Hazard::None, 0)) w.report_hazard(hazard, inst, lane);
+      if (__builtin_expect(hazard.hazard != Hazard::None, 0)) {
+        w.report_hazard(hazard, inst, lane);
+        return true;  // that is what is wrong with it
+      }
       return s.defined(from.offset, bytes);
     }
     case Space::Global: {

@@ -24,7 +24,7 @@ struct Arg {
 
 struct SourceLine {
   int file = 0, line = 0;
-  std::string inlined;  // " <- file:line" for each caller that it was inlined into
+  int inlined_file = 0, inlined_line = 0;  // of the call that it was inlined into; 0: it was not
 };
 
 struct Statement {
@@ -82,6 +82,9 @@ struct ModuleAst {
   std::vector<FunctionAst> functions;
   std::map<int, std::string> files;
   std::vector<SourceLine> sources;
+
+  /// "kernel.cu:34", with the call that it was inlined into; empty for -1.
+  std::string source_text(int source) const;
 };
 
 ModuleAst parse(const std::string& text);

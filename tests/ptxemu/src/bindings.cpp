@@ -46,13 +46,6 @@ py::tuple variable(LoadedModule& m, const std::string& name) {
 
 Dim3 dim3(const std::array<uint32_t, 3>& sizes) { return {sizes[0], sizes[1], sizes[2]}; }
 
-std::string source_of(const Module& m, const Inst& inst) {
-  if (inst.source < 0) return "";
-  const SourceLine& s = m.ast.sources[static_cast<size_t>(inst.source)];
-  const auto file = m.ast.files.find(s.file);
-  return file == m.ast.files.end() ? "" : file->second + ":" + std::to_string(s.line) + s.inlined;
-}
-
 py::dict launch(LoadedModule& loaded, Memory& memory, const std::string& entry, std::array<uint32_t, 3> grid,
                 std::array<uint32_t, 3> block, std::array<uint32_t, 3> cluster, const py::bytes& params,
                 uint64_t shared, uint64_t seed, uint64_t max_instructions) {
@@ -82,7 +75,7 @@ py::dict launch(LoadedModule& loaded, Memory& memory, const std::string& entry, 
       const AccessStats& s = report.stats[static_cast<size_t>(inst.index)];
       counts[static_cast<size_t>(inst.counted)] += s.executed;
       if (s.ideal)
-        accesses.append(py::make_tuple(name_of(inst.counted), inst.line, source_of(*loaded.module, inst), s.executed,
+        accesses.append(py::make_tuple(name_of(inst.counted), inst.line, loaded.module->ast.source_text(inst.source), s.executed,
                                        s.actual, s.ideal));
     }
   for (size_t c = 0; c < counts.size(); ++c) counters[name_of(static_cast<Class>(c))] = counts[c];

@@ -9,7 +9,8 @@ namespace ptxemu {
 namespace {
 
 constexpr uint64_t kLongestTurn = 256;       // warp instructions before another warp may go on
-constexpr uint64_t kPollsInVain = 100000;    // of every warp that still runs: then nothing will come any more
+// Polls in vain of every warp that still runs, until another block comes; and where there is none, until nothing will.
+constexpr uint64_t kPollsUntilMore = 1000, kPollsInVain = 100000;
 
 // Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 // Capability").
@@ -115,13 +116,13 @@ bool Launch::run_turn(Cluster& cluster) {
   return true;
 }
 
-bool Launch::all_poll_in_vain() const {
+bool Launch::all_poll_in_vain(uint64_t times) const {
   bool some_run = false;
   for (const auto& cluster : resident)
     for (const auto& block : cluster->blocks)
       for (const auto& warp : block->warps) {
         if (!warp->runnable()) continue;
-        if (warp->polls < kPollsInVain) return false;
+        if (warp->polls < times) return false;
         some_run = true;
       }
   return some_run;
@@ -135,16 +136,15 @@ void Launch::report_deadlock(const char* why) {
     for (const auto& block : cluster->blocks) {
       text += "\n  block (" + std::to_string(block->id.x) + ", " + std::to_string(block->id.y) + ", " +
               std::to_string(block->id.z) + ")";
-      bool some_exited = false, some_wait = false;
+      uint32_t there = 0;
       for (const auto& warp : block->warps) {
         text += "\n    " + warp->position();
-        some_exited |= warp->done();
-        for (const Split& s : warp->others) some_wait |= s.wait == Wait::Barrier;
+        if (!warp->done()) there += kLanes;
         if (warp->done() || at != nullptr) continue;
         at = warp->active ? &warp->code[warp->pc]
                           : &warp->others[0].frame->function->code[warp->others[0].pc];
       }
-      barrier_without_all |= some_exited && some_wait;
+      for (const auto& [id, barrier] : block->barriers) barrier_without_all |= barrier.arrived && barrier.expected > there;
     }
     if (resident.size() > 4) break;
   }
@@ -161,6 +161,10 @@ void Launch::run(const Function& entry) {
   std::shuffle(order.begin(), order.end(), random);
   uint64_t next = 0;
   while (!trapped) {
+    for (const auto& cluster : resident)
+      if (cluster->done())
+        for (const PendingBulk& copy : cluster->bulk)
+          report.add(Kind::AsyncUnwaited, module, *copy.inst, "the block exits while this copy to its shared memory is under way");
     resident.erase(std::remove_if(resident.begin(), resident.end(), [](const auto& c) { return c->done(); }),
                    resident.end());
     if (resident.empty()) {
@@ -171,7 +175,7 @@ void Launch::run(const Function& entry) {
     const size_t start = random() % resident.size();
     bool moved = false;
     for (size_t i = 0; i < resident.size() && !moved; ++i) moved = run_turn(*resident[(start + i) % resident.size()]);
-    if (moved && !all_poll_in_vain()) {
+    if (moved && !all_poll_in_vain(next < total ? kPollsUntilMore : kPollsInVain)) {
       if (clock_counter > config.max_instructions) {
         report_deadlock(("it has not ended after " + std::to_string(clock_counter) + " warp instructions").c_str());
         break;

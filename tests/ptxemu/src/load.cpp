@@ -220,12 +220,8 @@ std::unique_ptr<Module> load(const std::string& text) {
 }
 
 std::string where(const Module& module, const Inst& inst) {
-  std::string text = "PTX line " + std::to_string(inst.line);
-  if (inst.source < 0) return text;
-  const SourceLine& source = module.ast.sources[inst.source];
-  const auto file = module.ast.files.find(source.file);
-  if (file == module.ast.files.end()) return text;
-  return text + " (" + file->second + ":" + std::to_string(source.line) + source.inlined + ")";
+  const std::string source = module.ast.source_text(inst.source);
+  return "PTX line " + std::to_string(inst.line) + (source.empty() ? "" : " (" + source + ")");
 }
 
 }  // namespace ptxemu

@@ -147,8 +147,10 @@ struct Warp {
   void run(uint64_t turns);
   void report(Kind kind, const Inst& inst, Mask lanes, const std::string& message);
   void report_hazard(const HazardInfo& hazard, const Inst& inst, int lane);
-  void exit_lanes(Mask lanes);
+  void exit_lanes(Mask lanes, const Inst& inst);
   void suspend(Wait why, uint32_t barrier);  // the current split, at its pc
+  /// Suspends the current split if the warp's other lanes are still to come here for certain; then it runs again.
+  bool await_others();
   void wait_again(uint32_t barrier);                // the same, but the instruction is run again when released
   void release(uint32_t barrier);                   // splits that wait there go on
   std::string position() const;    // where its lanes stand, for reports
@@ -201,8 +203,7 @@ struct Block {
 
 struct PendingBulk {
   std::function<void()> complete;
-  Block* block;       // whose mbarrier is told
-  uint64_t barrier;
+  const Inst* inst;
 };
 
 struct Cluster {
@@ -238,7 +239,7 @@ struct Launch {
  private:
   std::unique_ptr<Cluster> make_cluster(const Function& entry, uint64_t index);
   bool run_turn(Cluster& cluster);
-  bool all_poll_in_vain() const;
+  bool all_poll_in_vain(uint64_t times) const;
   void report_deadlock(const char* why);
 };
 

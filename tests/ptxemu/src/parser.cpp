@@ -78,10 +78,8 @@ class Parser {
     if (std::sscanf(text.c_str(), "%d %d %d", &source.file, &source.line, &column) < 2)
       lex_.fail(".loc " + text);
     const size_t inlined = text.find("inlined_at ");
-    int file = 0, line = 0;
-    if (inlined != std::string::npos &&
-        std::sscanf(text.c_str() + inlined, "inlined_at %d %d", &file, &line) == 2)
-      source.inlined = " inlined at " + out_.files[file] + ":" + std::to_string(line);
+    if (inlined != std::string::npos)
+      std::sscanf(text.c_str() + inlined, "inlined_at %d %d", &source.inlined_file, &source.inlined_line);
     out_.sources.push_back(std::move(source));
     source_ = static_cast<int>(out_.sources.size()) - 1;
   }
@@ -439,6 +437,19 @@ class Parser {
 };
 
 }  // namespace
+
+std::string ModuleAst::source_text(int source) const {
+  if (source < 0) return "";
+  const SourceLine& s = sources[static_cast<size_t>(source)];
+  const auto file = files.find(s.file), caller = files.find(s.inlined_file);
+  if (file == files.end()) return "";
+  std::string text = file->second + ":" + std::to_string(s.line);
+  if (caller != files.end()) {
+    const std::string& name = caller->second;
+    text += ", inlined at " + name.substr(name.rfind('/') + 1) + ":" + std::to_string(s.inlined_line);
+  }
+  return text;
+}
 
 ModuleAst parse(const std::string& text) { return Parser(text).module(); }
 

@@ -49,21 +49,20 @@ const char* name_of(Class c) {
   throw std::logic_error("a class without a name");
 }
 
+bool Report::again(Kind kind, const Inst& inst) {
+  const auto found = seen_.find({kind, inst.index});
+  if (found == seen_.end()) return false;
+  ++findings[found->second].count;
+  return true;
+}
+
 void Report::add(Kind kind, const Module& module, const Inst& inst, const std::string& message) {
-  const auto [found, is_new] = seen_.try_emplace({kind, inst.index}, findings.size());
-  if (!is_new) {
-    ++findings[found->second].count;
-    return;
-  }
+  if (again(kind, inst)) return;
+  seen_[{kind, inst.index}] = findings.size();
   Finding f;
   f.kind = kind;
   f.line = inst.line;
-  if (inst.source >= 0) {
-    const SourceLine& source = module.ast.sources[inst.source];
-    const auto file = module.ast.files.find(source.file);
-    if (file != module.ast.files.end())
-      f.source = file->second + ":" + std::to_string(source.line) + source.inlined;
-  }
+  f.source = module.ast.source_text(inst.source);
   for (const auto& [name, function] : module.functions)
     if (!function->code.empty() && inst.index >= function->code.front().index &&
         inst.index <= function->code.back().index)

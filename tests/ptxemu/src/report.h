@@ -35,6 +35,8 @@ struct Report {
   std::string output;              // of printf
   uint64_t instructions = 0;
 
+  /// Counts one more of what was found at this instruction before; false if it was not.
+  bool again(Kind kind, const Inst& inst);
   void add(Kind kind, const Module& module, const Inst& inst, const std::string& message);
 
  private:

@@ -23,6 +23,7 @@ void SharedMemory::forget() {
   std::fill(writer_.begin(), writer_.end(), 0);
   std::fill(reader_.begin(), reader_.end(), 0);
   std::fill(other_reader_.begin(), other_reader_.end(), 0);
+  strong_reader_.clear();
 }
 
 void SharedMemory::read_hazard(const Access& access, uint64_t g, Stamp writer, HazardInfo& found) const {
@@ -37,13 +38,16 @@ void SharedMemory::write_hazard(const Access& access, uint64_t g, HazardInfo& fo
   const auto at = static_cast<uint32_t>(g << shift_);
   if (pending_[g]) {
     found = {Hazard::Pending, writer_[g], writer_instruction_[g], at};
-  } else if (access.atomic && atomic_[g]) {
-  } else if (!ordered(access, writer_[g])) {
+  } else if (!(access.atomic && atomic_[g]) && !ordered(access, writer_[g])) {
     found = {Hazard::WriteAfterWrite, writer_[g], writer_instruction_[g], at};
   } else if (!ordered(access, reader_[g])) {
     found = {Hazard::WriteAfterRead, reader_[g], -1, at};
   } else if (!ordered(access, other_reader_[g])) {
     found = {Hazard::WriteAfterRead, other_reader_[g], -1, at};
+  } else if (!access.atomic && !strong_reader_.empty()) {
+    const auto reader = strong_reader_.find(g);
+    if (reader != strong_reader_.end() && !ordered(access, reader->second))
+      found = {Hazard::WriteAfterRead, reader->second, -1, at};
   }
 }
 

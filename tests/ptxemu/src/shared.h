@@ -7,7 +7,8 @@
 // different warps; that is FastTrack's idea (Flanagan and Freund, PLDI 2009) with the set of readers cut to two: a
 // write by any warp then meets at least one reader that is not itself.
 //
-// Lanes of one warp are ordered by the warp's own synchronisation only (bar.warp.sync and barriers), as since sm_70.
+// Lanes of one warp are ordered by the warp's own synchronisation only (bar.warp.sync and barriers), as since sm_70. They
+// share the warp's clock, though: what one of them releases counts as released by all.
 #pragma once
 
 #include <cstdint>
@@ -68,7 +69,11 @@ class SharedMemory {
       if (__builtin_expect(!ordered(access, w), 0)) read_hazard(access, g, w, found);
       if (__builtin_expect(pending_total_ != 0, 0) && pending_[g] && found.hazard == Hazard::None)
         found = {Hazard::Pending, w, writer_instruction_[g], static_cast<uint32_t>(g << shift_)};
-      note_reader(g, access.self);
+      if (__builtin_expect(access.atomic, 0)) {
+        strong_reader_[g] = access.self;
+      } else {
+        note_reader(g, access.self);
+      }
     }
     return found;
   }
@@ -116,6 +121,7 @@ class SharedMemory {
   std::vector<Stamp> writer_, reader_, other_reader_;
   std::vector<int> writer_instruction_;
   std::vector<uint32_t> co_writers_;  // warps that wrote the same value unordered: each may read its own
+  std::unordered_map<uint64_t, Stamp> strong_reader_;  // the last atomic one, which other atomics may meet
   std::vector<uint8_t> pending_, defined_, atomic_;
   uint64_t pending_total_ = 0;
 };

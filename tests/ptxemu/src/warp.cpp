@@ -233,6 +233,18 @@ void Warp::suspend(Wait why, uint32_t barrier) {
   pick();
 }
 
+bool Warp::await_others() {
+  if (force_sync_) {
+    force_sync_ = false;
+    return false;
+  }
+  const Split here{frame, pc, active, Wait::None, 0};
+  for (const Split& s : others)
+    if (!(s.frame == frame && s.pc == pc) && !goes_before(s, here)) return false;
+  suspend(Wait::Lanes, 0);
+  return true;
+}
+
 void Warp::wait_again(uint32_t barrier) { suspend(Wait::BarrierAgain, barrier); }
 
 void Warp::release(uint32_t barrier) {
@@ -244,10 +256,10 @@ void Warp::release(uint32_t barrier) {
   if (active == 0) pick();
 }
 
-void Warp::exit_lanes(Mask lanes) {
+void Warp::exit_lanes(Mask lanes, const Inst& inst) {
   for (BulkStore& store : bulk_stores)
     if (lanes >> store.lane & 1) {
-      report(Kind::AsyncUnwaited, code[pc], 1u << store.lane,
+      report(Kind::AsyncUnwaited, inst, 1u << store.lane,
              "exits while a bulk copy from shared memory is under way, not waited for");
       store.finish();
     }
@@ -310,7 +322,7 @@ void Warp::control(const Inst& inst, Mask lanes) {
     case Flow::Exit:
       if (lanes != active) ++pc;
       if (lanes == 0) return;
-      return exit_lanes(lanes);
+      return exit_lanes(lanes, inst);
     case Flow::Sync: {
       const Mask missing = missing_lanes(inst, lanes);
       if (missing && !force_sync_) {
@@ -362,7 +374,7 @@ void Warp::branch_table(const Inst& inst, Mask lanes) {
     if (index[lane] >= inst.more.size()) {
       report(Kind::OutOfBounds, inst, 1u << lane, "branch " + std::to_string(index[lane]) + " of a table of " +
                                                       std::to_string(inst.more.size()));
-      exit_lanes(1u << lane);
+      exit_lanes(1u << lane, inst);
       return;
     }
     targets[static_cast<int>(inst.more[index[lane]].at)] |= 1u << lane;
@@ -375,7 +387,7 @@ void Warp::branch_table(const Inst& inst, Mask lanes) {
 
 // ---- calls
 
-struct CallDetail;  // ops/control.cpp
+// ops/control.cpp
 void pass_arguments(Warp& w, const Inst& inst, Frame& caller, Frame& callee, Mask lanes);
 void pass_results(const Inst& call, Frame& caller, Frame& callee, Mask lanes);
 const Function* callee_of(const Inst& inst);
@@ -386,6 +398,7 @@ void Warp::call(const Inst& inst, Mask lanes) {
     return;
   }
   Frame* callee = enter(frame, &inst, *callee_of(inst));
+  for (uint32_t i = 0; i < callee->function->register_rows; ++i) callee->defined[i] &= ~lanes;  // of a call before
   pass_arguments(*this, inst, *frame, *callee, lanes);
   others.push_back({callee, 0, lanes, Wait::None, 0});
   active &= ~lanes;
@@ -393,10 +406,10 @@ void Warp::call(const Inst& inst, Mask lanes) {
   pick();
 }
 
-void Warp::leave(const Inst&, Mask lanes) {
+void Warp::leave(const Inst& inst, Mask lanes) {
   if (frame->caller == nullptr) {
     if (lanes != active) ++pc;
-    if (lanes) exit_lanes(lanes);
+    if (lanes) exit_lanes(lanes, inst);
     return;
   }
   if (lanes) {
@@ -454,6 +467,8 @@ void Warp::report(Kind kind, const Inst& inst, Mask lanes, const std::string& me
 }
 
 void Warp::report_hazard(const HazardInfo& h, const Inst& inst, int lane) {
+  const bool is_async = h.hazard == Hazard::Pending || h.hazard == Hazard::Unfenced;
+  if (launch->report.again(is_async ? Kind::AsyncUnwaited : Kind::Race, inst)) return;
   const uint32_t warps_a_block = static_cast<uint32_t>(block->warps.size());
   const uint32_t other = warp_of(h.other);
   const bool is_engine = other == block->cluster->blocks.size() * warps_a_block;

@@ -69,6 +69,7 @@ void run_barrier(Warp& w, const Inst& inst, Mask lanes) {
     return;
   }
   if (detail.aligned && lanes != w.live) {
+    if (lanes == w.active && w.await_others()) return;
     w.report(Kind::DivergentBarrier, inst, w.live & ~lanes,
              "only " + std::to_string(__builtin_popcount(lanes)) + " of the warp's " +
                  std::to_string(__builtin_popcount(w.live)) + " lanes come to the barrier");

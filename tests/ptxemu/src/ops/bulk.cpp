@@ -50,7 +50,7 @@ void start_bulk_load(Warp& w, const Inst& inst, int lane, const std::vector<Bloc
       }
       ++cluster->agent_clock;
       complete_bytes(*block, barrier, total);
-    }, block, barrier});
+    }, &inst});
   }
 }
 

@@ -142,8 +142,8 @@ void decode_movmatrix(Decoder& d) {
   d.inst.run = &run_movmatrix;
 }
 
-// ---- mma.sync: D = A B + C with A 16 x k, B k x 8. Each element of D is a chain of fused multiply-adds in float,
-// k ascending (the hardware's order and rounding are not documented).
+// ---- mma.sync: D = A B + C with A 16 x k, B k x 8. Each element of D is the sum in double, rounded once: the hardware
+// too adds all products of an instruction before it rounds, in a way that is not documented.
 
 struct MmaDetail : Detail {
   Element a = Element::F16, b = Element::F16;
@@ -211,7 +211,8 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
   const int a_count = kM * detail.k * bits_of(detail.a) / (32 * kLanes), b_count = a_count / 2;
   const int d_count = detail.half_result ? 2 : 4;
   const Operand *d = inst.more.data(), *a = d + d_count, *b = a + a_count, *c = b + b_count;
-  alignas(64) float left[kM][kMaxK], right[kMaxK][kN], sum[kM][kN];
+  alignas(64) float left[kM][kMaxK], right[kMaxK][kN];
+  alignas(64) double sum[kM][kN];
   read_a(w, a, detail.a, detail.k, left);
   read_b(w, b, detail.b, detail.k, right);
   for (int i = 0; i < d_count; ++i)
@@ -228,16 +229,15 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
   for (int row = 0; row < kM; ++row)
     for (int k = 0; k < detail.k; ++k)
       for (int column = 0; column < kN; ++column)
-        sum[row][column] = std::fma(left[row][k], right[k][column], sum[row][column]);
+        sum[row][column] += static_cast<double>(left[row][k]) * right[k][column];  // an exact product
   const bool known = all_defined(w, a, a_count + b_count + d_count);
   for (int i = 0; i < d_count; ++i)
     for (int lane = 0; lane < kLanes; ++lane) {
       const int row = lane / 4, column = 2 * (lane % 4);
       if (detail.half_result) {
-        w.row<uint32_t>(d[i])[lane] = float_to_f16(sum[row + 8 * i][column]) |
-                                      static_cast<uint32_t>(float_to_f16(sum[row + 8 * i][column + 1])) << 16;
+        w.row<uint32_t>(d[i])[lane] = encode<F16>(sum[row + 8 * i][column]) | encode<F16>(sum[row + 8 * i][column + 1]) << 16;
       } else {
-        w.row<float>(d[i])[lane] = sum[row + 8 * (i / 2)][column + i % 2];
+        w.row<float>(d[i])[lane] = static_cast<float>(sum[row + 8 * (i / 2)][column + i % 2]);
       }
     }
   if (known) {

@@ -1,0 +1,108 @@
+// The instructions of sm_80 and later that CUDA C++ has no name for, one function each: the only
+// inline PTX of the samples, with primitives_sm90.cuh. PTX ISA:
+// docs.nvidia.com/cuda/parallel-thread-execution.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#define DEVICE __device__ __forceinline__
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+
+/// A pointer into shared memory as the 32-bit address that the instructions below take.
+DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/// Start copying 16 bytes from global to shared memory, past L1 and the registers.
+DEVICE void cp_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+/// The same, but zeros where `inside` is false: nothing is then read.
+DEVICE void cp_async_or_zero(uint32_t to, const void* from, bool inside) {
+  const int bytes = inside ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
+/// Close a group: the copies that this thread started since the last one.
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Wait until at most `Pending` groups of this thread are on their way. Other threads' copies are
+/// visible only after a barrier that follows this.
+template <int Pending>
+DEVICE void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+/// Four matrices of 8 rows x 16 bytes. Lane 8i + r brings the address of row r of matrix i; then
+/// lane 4r + c holds word c of row r of each (as 16-bit elements: columns 2c and 2c + 1).
+DEVICE void ldmatrix(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+/// The same for 16-bit elements, each matrix transposed: lane 4c + r holds rows 2r and 2r + 1 of
+/// column c.
+DEVICE void ldmatrix_transposed(uint32_t (&x)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+/// c [16, 8] += a [16, 16] b [16, 8]. With g = lane / 4 and t = lane % 4 a lane holds
+///   c: (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1)
+///   a: (g, 2t..) (g+8, 2t..) (g, 2t+8..) (g+8, 2t+8..)   each word two neighbouring columns
+///   b: (2t.., g) (2t+8.., g)                             each word two neighbouring rows
+DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, fp16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// c [16, 8] += a [16, 8] b [8, 8] in tf32:  a: (g, t) (g+8, t) (g, t+4) (g+8, t+4);  b: (t, g)
+/// (t+4, g).
+DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/// The nearest number with tf32's ten bits of mantissa; ties go away from zero. cvt.rna.tf32 does
+/// the same and keeps NaN apart, in four instructions for these two.
+DEVICE uint32_t to_tf32(float x) { return (__float_as_uint(x) + 0x1000) & ~0x1fffu; }
+
+/// 2^x to about two ulp; results below the normal range are 0.
+DEVICE float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Two neighbouring elements in one word, the first in the low half.
+DEVICE uint32_t pack(float first, float second, bf16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+DEVICE uint32_t pack(float first, float second, fp16) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
