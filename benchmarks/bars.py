@@ -1,7 +1,8 @@
 """Every promised figure, measured side by side in one run: figure, target, met or missed.
 
     make bars                               all of them (about 30 minutes on 2 cores)
-    python -m benchmarks.bars speed text    some groups only: kernels, speed, text, never_slower, install, tests
+    python -m benchmarks.bars speed text    some groups only: kernels, speed, text, never_slower, install, tests,
+                                            emulator
 
 Whatever is compared runs in turns in one process: absolute times of a shared machine mean little, these ratios repeat.
 
@@ -29,7 +30,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here needs a network
 
 import pyfuse
-from benchmarks import attention_bars, layer_bars
+from benchmarks import attention_bars, emulator_bars, layer_bars
 from benchmarks.bar import Bar
 from pyfuse.cli import machine, measure
 from pyfuse.cli.comparison import PROMPTS
@@ -229,6 +230,7 @@ GROUPS: dict[str, Callable[[], Iterator[Bar]]] = {
     "never_slower": never_slower,
     "install": install,
     "tests": tests,
+    "emulator": emulator_bars.emulator,
 }
 
 

@@ -99,6 +99,6 @@ def make_report(raw: dict[str, object], target: str) -> Report:
     return Report(findings, counters, accesses, str(raw["output"]), int(str(raw["instructions"])), target)
 
 
-def _rows(value: object) -> Iterable[tuple]:  # type: ignore[type-arg]
+def _rows(value: object) -> Iterable[tuple]:
     assert isinstance(value, list)
     return value

@@ -26,7 +26,8 @@ class TensorMap:
     """A box of `box` elements moved at a time out of a tensor (or into it), innermost dimension last, as in torch.
 
     What lies outside of the tensor is read as zero (nan_fill: NaN) and not written. The innermost stride is 1, the
-    others are multiples of 16 bytes. swizzle: how 16-byte chunks are exchanged in shared memory, by 32, 64 or 128 bytes.
+    others are multiples of 16 bytes. swizzle: how 16-byte chunks are exchanged in shared memory, by 32, 64 or 128 bytes,
+    which a row of the box then has.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class TensorMap:
             raise TypeError(f"tensor: {tensor.dtype} has no place in a tensor map")
         if not 1 <= tensor.dim() <= 5 or len(box) != tensor.dim():
             raise ValueError(f"box: {tuple(box)} for a tensor of shape {tuple(tensor.shape)}, needs 1 to 5 dimensions")
+        if tensor.numel() == 0:
+            raise ValueError(f"tensor: shape {tuple(tensor.shape)}, needs sizes of at least 1")
         size = tensor.element_size()
         if tensor.stride(-1) != 1 or any(s * size % 16 for s in tensor.stride()[:-1]):
             raise ValueError(f"tensor: strides {tensor.stride()}, needs 1 in the last dimension, multiples of 16 bytes in others")
@@ -45,8 +48,10 @@ class TensorMap:
             raise ValueError(f"box: {tuple(box)}, needs sizes of 1 to 256 and rows of a multiple of 16 bytes")
         if swizzle not in _SWIZZLES:
             raise ValueError(f"swizzle: {swizzle!r}, needs one of {', '.join(_SWIZZLES)}")
-        if swizzle != "none" and box[-1] * size > int(swizzle[:-1]):
-            raise ValueError(f"box: rows of {box[-1] * size} bytes with a swizzle of {swizzle}")
+        if swizzle != "none" and box[-1] * size != int(swizzle[:-1]):
+            raise ValueError(f"box: rows of {box[-1] * size} bytes, needs those of its swizzle, {swizzle}")
+        if nan_fill and not (tensor.dtype.is_floating_point and size > 1):
+            raise ValueError(f"nan_fill: {tensor.dtype} is copied as integers, which have no NaN")
         self.tensor, self.box, self.swizzle, self.nan_fill = tensor, tuple(box), swizzle, nan_fill
 
     def encode(self, address: int) -> bytes:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
 from ptxemu import Report, TensorMap, nvcc_run, struct
 from ptxemu.gpu import Emulator, Gpu
 

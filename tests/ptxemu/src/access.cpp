@@ -155,6 +155,7 @@ bool read_memory(Warp& w, const Inst& inst, int lane, const Location& from, uint
       return s.defined(from.offset, bytes);
     }
     case Space::Global: {
+      if (from.allocation->tags && !check_global_read(w, inst, lane, from, bytes, atomic)) return false;
       if (!from.allocation->shadow) return true;
       for (uint64_t i = 0; i < bytes; ++i)
         if (from.allocation->shadow[from.offset + i] & kUndefined) return false;
@@ -169,6 +170,7 @@ bool read_memory(Warp& w, const Inst& inst, int lane, const Location& from, uint
 
 void write_memory(Warp& w, const Inst& inst, int lane, const Location& to, uint64_t bytes, const void* from, bool known,
                   bool atomic) {
+  if (std::memcmp(to.host, from, bytes) != 0) w.launch->polls_in_vain = 0;
   if (to.space == Space::Shared) {
     SharedMemory& s = *to.block->shared;
     const HazardInfo hazard = s.write(w.access(inst, lane, atomic), to.offset, bytes, from);
@@ -176,6 +178,7 @@ void write_memory(Warp& w, const Inst& inst, int lane, const Location& to, uint6
     if (!known) s.set_defined(to.offset, bytes, false);
     return;
   }
+  if (to.space == Space::Global) note_global_write(w, inst, lane, to, bytes, from, atomic);
   std::memcpy(to.host, from, bytes);
   if (to.space == Space::Global && to.allocation->shadow) {
     for (uint64_t i = 0; i < bytes; ++i) to.allocation->shadow[to.offset + i] &= static_cast<uint8_t>(~kUndefined);
@@ -238,12 +241,14 @@ void count_wavefronts(Warp& w, const Inst& inst, Mask lanes, const Addresses& a,
 }
 
 void strong_acquire(Warp& w, Location& location) {
+  if (location.space == Space::Global) acquire_global(w, location);
   if (location.space != Space::Shared) return;
   const auto found = location.block->shared->location_clocks.find(location.offset);
   if (found != location.block->shared->location_clocks.end()) join(w.seen, found->second);
 }
 
-void strong_release(Warp& w, Location& location) {
+void strong_release(Warp& w, Location& location, bool released) {
+  if (location.space == Space::Global && (released || w.block->fences)) release_global(w, location);
   if (location.space != Space::Shared) return;
   w.tick();
   Clocks& clocks = location.block->shared->location_clocks[location.offset];
@@ -254,10 +259,10 @@ void strong_release(Warp& w, Location& location) {
 void note_poll(Warp& w, const Inst& inst, uint64_t seen) {
   const auto [last, is_new] = w.last_strong.try_emplace(&inst, seen);
   if (!is_new && last->second == seen) {
-    ++w.polls;
+    ++w.launch->polls_in_vain;
     w.give_up_turn = true;
   } else {
-    w.polls = 0;
+    w.launch->polls_in_vain = 0;
     last->second = seen;
   }
 }

@@ -35,7 +35,15 @@ void count_wavefronts(Warp& w, const Inst& inst, Mask lanes, const Addresses& a,
 /// Strong accesses (atomic, volatile, relaxed, acquire, release) synchronise through their location, and one that
 /// sees the same again and again is a poll.
 void strong_acquire(Warp& w, Location& location);
-void strong_release(Warp& w, Location& location);
+/// released: global memory's atomics need a release, or a fence before them, to hand over what came before.
+void strong_release(Warp& w, Location& location, bool released);
 void note_poll(Warp& w, const Inst& inst, uint64_t seen);
+
+/// Races in global memory (global_races.cpp), and the same for its strong accesses.
+/// False if the read is not ordered after a write: its value is then undefined (Launch::racy_reads says why).
+bool check_global_read(Warp& w, const Inst& inst, int lane, const Location& from, uint64_t bytes, bool atomic);
+void note_global_write(Warp& w, const Inst& inst, int lane, const Location& to, uint64_t bytes, const void* value, bool atomic);
+void acquire_global(Warp& w, const Location& location);
+void release_global(Warp& w, const Location& location);
 
 }  // namespace ptxemu

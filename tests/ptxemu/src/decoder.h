@@ -84,6 +84,8 @@ class Decoder {
 
   /// Shared memory is watched in units of the smallest access that the module makes to it.
   void touches_shared(int bytes) { module.shared_granule = std::min(module.shared_granule, bytes); }
+  /// Global memory in units of the smallest write.
+  void writes_global(int bytes) { module.global_granule = std::min(module.global_granule, bytes); }
 
   const std::string& name() const { return statement_.opcode[0]; }
   const std::vector<std::string>& words() const { return statement_.opcode; }

@@ -10,7 +10,7 @@ namespace {
 
 constexpr uint64_t kLongestTurn = 256;       // warp instructions before another warp may go on
 // Polls in vain of every warp that still runs, until another block comes; and where there is none, until nothing will.
-constexpr uint64_t kPollsUntilMore = 1000, kPollsInVain = 100000;
+constexpr uint64_t kPollsUntilMore = 200, kPollsInVain = 3000;
 
 // Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
 // Capability").
@@ -66,6 +66,7 @@ std::unique_ptr<Cluster> Launch::make_cluster(const Function& entry, uint64_t in
   const Dim3 clusters{config.grid.x / config.cluster.x, config.grid.y / config.cluster.y,
                       config.grid.z / config.cluster.z};
   const Dim3 at = coordinates(index, clusters);
+  cluster->number = static_cast<uint32_t>(index) + 1;
   const uint64_t warps = (config.block.count() + kLanes - 1) / kLanes;
   for (uint32_t rank = 0; rank < config.cluster.count(); ++rank) {
     auto block = std::make_unique<Block>();
@@ -116,16 +117,13 @@ bool Launch::run_turn(Cluster& cluster) {
   return true;
 }
 
-bool Launch::all_poll_in_vain(uint64_t times) const {
-  bool some_run = false;
+bool Launch::all_poll_in_vain(uint64_t times_a_warp) const {
+  if (polls_in_vain < times_a_warp) return false;
+  uint64_t running = 0;
   for (const auto& cluster : resident)
     for (const auto& block : cluster->blocks)
-      for (const auto& warp : block->warps) {
-        if (!warp->runnable()) continue;
-        if (warp->polls < times) return false;
-        some_run = true;
-      }
-  return some_run;
+      for (const auto& warp : block->warps) running += warp->runnable();
+  return running && polls_in_vain >= times_a_warp * running;
 }
 
 void Launch::report_deadlock(const char* why) {
@@ -187,9 +185,7 @@ void Launch::run(const Function& entry) {
       report_deadlock(moved ? "every warp polls in vain" : "no warp can go on");
       break;
     }
-    for (const auto& cluster : resident)
-      for (const auto& block : cluster->blocks)
-        for (const auto& warp : block->warps) warp->polls = 0;
+    polls_in_vain = 0;
     resident.push_back(make_cluster(entry, order[next++]));
   }
   resident.clear();

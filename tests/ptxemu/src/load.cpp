@@ -141,7 +141,9 @@ void watch_registers(Function& f, const FunctionAst& ast) {
       collect_registers(s.args[a], touched);
       for (int r : touched) {
         if (!is_watched[static_cast<size_t>(r)]) continue;
-        f.watched[f.code[i].index].emplace_back(f.register_places[static_cast<size_t>(r)].row, a == 0 && has_result);
+        const bool is_copy = s.opcode[0] == "mov" && s.args[1].kind == Arg::Kind::Register;
+        const Touch touch = a > 0 || !has_result ? Touch::Read : is_copy ? Touch::Copy : Touch::Write;
+        f.watched[f.code[i].index].emplace_back(f.register_places[static_cast<size_t>(r)].row, touch);
         f.code[i].watched = true;
       }
     }

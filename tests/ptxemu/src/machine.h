@@ -11,6 +11,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "memory.h"
@@ -36,6 +37,7 @@ struct Frame {
   const Inst* call = nullptr;
   uint8_t* registers = nullptr;
   std::vector<Mask> defined;
+  std::vector<Mask> low_defined, high_defined;  // halves, looked at where a value is not defined as a whole
   std::vector<int> origin;  // by row: the instruction where an undefined value came in, -1: never written
   std::vector<uint8_t> params[kLanes];
   std::vector<uint8_t> params_defined[kLanes];
@@ -97,7 +99,6 @@ struct Warp {
   uint32_t proxy_fence_clock = 0;
   AccessStats* stats = nullptr;  // of the launch, by instruction
   bool give_up_turn = false;
-  uint64_t polls = 0;  // in vain, since something last happened
   std::vector<AsyncCopy> copies;          // under way, oldest first
   uint32_t copy_groups[kLanes] = {};      // committed by each lane so far
   std::vector<std::shared_ptr<AsyncMatrix>> open_matrices;
@@ -133,6 +134,14 @@ struct Warp {
   }
   void taint(Operand destination, Mask lanes, Mask known, const Inst& inst, const uint32_t* rows, size_t count);
   /// Reports lanes that use an undefined value where it matters: as an address, a condition, a result.
+  /// Lanes whose lower or upper half is defined.
+  Mask low_defined(uint32_t row) const { return defined[row] | frame->low_defined[row]; }
+  Mask high_defined(uint32_t row) const { return defined[row] | frame->high_defined[row]; }
+  /// Says of lanes that are not defined as a whole which of their halves are.
+  void define_halves(Operand destination, Mask lanes, Mask low, Mask high) {
+    frame->low_defined[destination.row] |= lanes & low;
+    frame->high_defined[destination.row] |= lanes & high;
+  }
   void require_defined(Operand source, Mask lanes, const Inst& inst, const char* use);
 
   uint32_t clock() const { return seen[clock_index]; }
@@ -199,6 +208,7 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::map<uint64_t, MemoryBarrier> memory_barriers;  // by shared address
   uint32_t setmaxnreg = 0;
+  bool fences = false;  // it has executed a fence: its relaxed atomics may release what came before
 };
 
 struct PendingBulk {
@@ -207,6 +217,7 @@ struct PendingBulk {
 };
 
 struct Cluster {
+  uint32_t number = 0;  // in the launch, from 1 on
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<PendingBulk> bulk;
   Barrier barrier;       // barrier.cluster
@@ -233,13 +244,17 @@ struct Launch {
   std::vector<std::unique_ptr<Cluster>> resident;
   bool trapped = false;
   uint64_t clock_counter = 0;  // %clock: executed warp instructions
+  std::unordered_map<uint64_t, std::shared_ptr<const Elsewhere>> strong_locations;  // by global address: who released there
+  std::unordered_map<int, std::string> racy_reads;  // by index of a load whose value is undefined because of a race
+  uint32_t era = 1;            // changes when clocks start again
+  uint64_t polls_in_vain = 0;  // of all warps, since something last changed
 
   void run(const Function& entry);
 
  private:
   std::unique_ptr<Cluster> make_cluster(const Function& entry, uint64_t index);
   bool run_turn(Cluster& cluster);
-  bool all_poll_in_vain(uint64_t times) const;
+  bool all_poll_in_vain(uint64_t times_a_warp) const;
   void report_deadlock(const char* why);
 };
 

@@ -65,6 +65,12 @@ void Memory::mark(uint64_t address, uint64_t size, uint8_t flags) {
   std::memset(a->shadow + (address - a->base), flags, size);
 }
 
+void Memory::add_tags(Allocation& allocation, int shift) {
+  const uint64_t bytes = ((allocation.size >> shift) + 2) * sizeof(WriteTag);
+  allocation.tags = static_cast<WriteTag*>(map_pages(bytes));
+  maps_.emplace_back(allocation.tags, bytes);
+}
+
 std::string Memory::describe(uint64_t address, uint64_t size) const {
   const auto at = static_cast<unsigned long long>(address), bytes = static_cast<unsigned long long>(size);
   char text[256];

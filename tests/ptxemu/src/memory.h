@@ -21,12 +21,22 @@ constexpr int kClusterShift = 24;
 
 enum : uint8_t { kUndefined = 1, kHole = 2 };  // bits of a shadow byte; 0 is ordinary memory
 
+/// Who wrote a unit of global memory last in this launch.
+struct WriteTag {
+  uint32_t cluster = 0;  // its number; 0: nobody
+  uint32_t stamp = 0;
+  int instruction = -1;
+  uint32_t era : 29, atomic : 1;
+  uint32_t same_within : 1, same_across : 1;  // others wrote the same value, unordered: of the cluster, or of others
+};
+
 struct Allocation {
   uint8_t* host = nullptr;
   uint64_t base = 0, size = 0;
   std::string name;
   uint8_t* shadow = nullptr;  // one byte for each byte, null: all ordinary
   bool read_only = false;
+  WriteTag* tags = nullptr;  // by unit, from that of `base` on; null: not written in this launch
 };
 
 class Memory {
@@ -46,6 +56,9 @@ class Memory {
   uint64_t allocate(uint64_t size, uint64_t align, const std::string& name, bool undefined);
   /// Marks bytes with kUndefined or kHole, or with 0 as ordinary again.
   void mark(uint64_t address, uint64_t size, uint8_t flags);
+
+  /// Makes room for the tags of an allocation, in units of 1 << shift bytes.
+  void add_tags(Allocation& allocation, int shift);
 
   /// The allocation that holds the address's range; null outside of all.
   Allocation* find(uint64_t address) {

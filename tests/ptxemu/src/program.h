@@ -60,6 +60,7 @@ struct Inst {
   Space space = Space::Generic;
   bool address_is_64 = true;
   bool by_lane = false;      // Sync: the lanes are named by operand `members`
+  bool in_halves = false;    // works on each half of its operands alone, so that one may be undefined
   bool watched = false;      // touches registers of asynchronous matrix instructions
   uint8_t size = 0;          // bytes of one element in memory
   uint8_t count = 1;         // elements
@@ -100,6 +101,9 @@ struct SpecialRow {
   int bytes;  // 4 or 8
 };
 
+/// Copies between registers are the compiler's bookkeeping: the assembler joins both registers into one.
+enum class Touch : uint8_t { Read, Write, Copy };
+
 struct Function {
   std::string name;
   bool is_entry = false;
@@ -117,9 +121,8 @@ struct Function {
   std::vector<Place> params, results;    // in the frame's parameter area (an entry's: in the bank of parameters)
   uint64_t param_bytes = 0;              // parameter area of one lane, .param variables of the body included
   std::map<std::string, Place> names;    // params, results, local and param variables
-  // By index of an instruction that touches registers of asynchronous matrix products: which rows, and whether it
-  // writes them.
-  std::map<int, std::vector<std::pair<uint32_t, bool>>> watched;
+  // By index of an instruction that touches registers of asynchronous matrix products: which rows, and how.
+  std::map<int, std::vector<std::pair<uint32_t, Touch>>> watched;
 };
 
 struct Global {
@@ -138,6 +141,7 @@ struct Module {
   uint64_t static_shared = 0, dynamic_shared_at = 0;
   int instructions = 0;
   int shared_granule = 16;  // bytes of the smallest access to shared memory
+  int global_granule = 16;  // bytes of the smallest write to global memory
 };
 
 std::unique_ptr<Module> load(const std::string& text);

@@ -12,6 +12,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -30,11 +32,20 @@ inline uint32_t clock_of(Stamp s) { return s >> (kWarpBits + kLaneBits); }
 inline uint32_t warp_of(Stamp s) { return s >> kLaneBits & ((1u << kWarpBits) - 1); }
 inline uint32_t lane_of(Stamp s) { return s & (kLanes - 1); }
 
-/// Times of other warps that a warp is ordered after.
-using Clocks = std::vector<uint32_t>;
-inline void join(Clocks& into, const Clocks& from) {
+/// Times of other warps that a warp is ordered after: of its own cluster, and, by number, of others.
+using Elsewhere = std::map<uint32_t, std::vector<uint32_t>>;
+struct Clocks : std::vector<uint32_t> {
+  using std::vector<uint32_t>::vector;
+  std::shared_ptr<const Elsewhere> elsewhere;
+};
+void join_elsewhere(Clocks& into, const std::shared_ptr<const Elsewhere>& from);
+inline void join(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
   for (size_t i = 0; i < into.size(); ++i)
     if (from[i] > into[i]) into[i] = from[i];
+}
+inline void join(Clocks& into, const Clocks& from) {
+  join(static_cast<std::vector<uint32_t>&>(into), from);
+  if (from.elsewhere && from.elsewhere != into.elsewhere) join_elsewhere(into, from.elsewhere);
 }
 
 struct Access {

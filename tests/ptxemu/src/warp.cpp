@@ -90,6 +90,8 @@ Frame* Warp::enter(Frame* caller, const Inst* call_inst, const Function& functio
     std::memcpy(f.registers + function.register_bytes, function.constants.data(), function.constants.size());
   f.defined.assign(function.rows, kAllLanes);
   std::fill_n(f.defined.begin(), function.register_rows, 0);
+  f.low_defined.assign(function.rows, 0);
+  f.high_defined.assign(function.rows, 0);
   f.origin.assign(function.rows, -1);
   f.local_base = caller ? caller->local_base + caller->function->local_bytes : 0;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -266,6 +268,7 @@ void Warp::exit_lanes(Mask lanes, const Inst& inst) {
   bulk_stores.erase(std::remove_if(bulk_stores.begin(), bulk_stores.end(),
                                    [&](const BulkStore& store) { return (lanes >> store.lane & 1) != 0; }),
                     bulk_stores.end());
+  launch->polls_in_vain = 0;
   live &= ~lanes;
   active &= ~lanes;
   if (active == 0) pick();
@@ -426,22 +429,35 @@ void Warp::leave(const Inst& inst, Mask lanes) {
 // ---- what is undefined
 
 void Warp::taint(Operand destination, Mask lanes, Mask known, const Inst& inst, const uint32_t* rows, size_t count) {
-  defined[destination.row] = (defined[destination.row] & ~lanes) | (known & lanes);
   int origin = inst.index;
-  for (size_t i = 0; i < count; ++i)
+  Mask low = inst.in_halves && count ? kAllLanes : 0, high = low;
+  for (size_t i = 0; i < count; ++i) {
+    low &= low_defined(rows[i]);
+    high &= high_defined(rows[i]);
     if ((defined[rows[i]] & lanes) != lanes && frame->origin[rows[i]] >= 0) origin = frame->origin[rows[i]];
+  }
   frame->origin[destination.row] = origin;
+  defined[destination.row] = (defined[destination.row] & ~lanes) | (known & lanes);
+  frame->low_defined[destination.row] = (frame->low_defined[destination.row] & ~lanes) | (low & lanes);
+  frame->high_defined[destination.row] = (frame->high_defined[destination.row] & ~lanes) | (high & lanes);
 }
 
 void Warp::require_defined(Operand source, Mask lanes, const Inst& inst, const char* use) {
   const Mask undefined = lanes & ~defined[source.row];
   if (undefined == 0) return;
-  std::string message = std::string("uses an undefined value as ") + use;
   const int origin = frame->origin[source.row];
+  const Inst* from = nullptr;
   for (const Inst& other : frame->function->code)
-    if (other.index == origin && &other != &inst) message += "; it comes from " + where(launch->module, other);
-  if (origin < 0) message += "; the register was never written";
-  report(Kind::Uninitialised, inst, undefined, message);
+    if (other.index == origin && &other != &inst) from = &other;
+  const auto race = launch->racy_reads.find(origin);
+  if (race != launch->racy_reads.end() && from) {
+    report(Kind::Race, *from, undefined, race->second + "; the value is used as " + use + " at " + where(launch->module, inst));
+  } else {
+    std::string message = std::string("uses an undefined value as ") + use;
+    if (from) message += "; it comes from " + where(launch->module, *from);
+    if (origin < 0) message += "; the register was never written";
+    report(Kind::Uninitialised, inst, undefined, message);
+  }
   defined[source.row] |= lanes;  // once is enough
 }
 
@@ -450,6 +466,7 @@ void Warp::require_defined(Operand source, Mask lanes, const Inst& inst, const c
 void Warp::tick() {
   if (++seen[clock_index] >= kMaxClock) {
     // Time is used up: forget all of it. A race across this moment goes unseen.
+    ++launch->era;
     for (auto& b : block->cluster->blocks) {
       b->shared->forget();
       for (auto& w : b->warps) std::fill(w->seen.begin(), w->seen.end(), 1);

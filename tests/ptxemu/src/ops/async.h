@@ -9,8 +9,8 @@
 
 namespace ptxemu {
 
-/// Writes the bytes of a cp.async and gives them to the thread that issued it.
-void finish_copy(Warp& w, const AsyncCopy& copy);
+/// Writes the bytes of a cp.async and gives them to the thread that issued it, as of this time of its warp.
+void finish_copy(Warp& w, const AsyncCopy& copy, uint32_t clock);
 /// Those of the lanes' groups but the last `groups_left` that they committed.
 void finish_copies(Warp& w, Mask lanes, uint32_t groups_left);
 /// All of the lanes, committed or not.
@@ -40,6 +40,9 @@ struct Pointer {
   }
 };
 
+/// No warp of the block runs any more: its shared memory is gone.
+bool has_exited(const Block& block);
+
 // ---- mbarrier
 
 /// The barrier at a shared address; null, reported, if there is none or the warp can't know of it yet.
@@ -58,10 +61,14 @@ struct BulkPiece {
 };
 
 enum class BulkReduce : uint8_t { Add, Min, Max, Inc, Dec, And, Or, Xor, None };
-BulkReduce take_reduction(Decoder& d);  // None without one
+BulkReduce take_reduction(Decoder& d);  // refuses if there is none
+/// Whether the copy engine has this reduction of this type in global memory.
+bool can_reduce(BulkReduce op, Type type);
 
-/// The blocks whose bits are set in the mask of a multicast; `own` without one.
-std::vector<Block*> copy_targets(Warp& w, Block* own, bool multicast, uint32_t mask);
+/// What the targets of a copy into shared memory are: a barrier beside the data, or with a mask of blocks (multicast)
+/// the same place in each of these. Reports, and gives none, where a block has no such barrier.
+std::vector<Block*> copy_targets(Warp& w, const Inst& inst, int lane, const Location& data, const Location& barrier,
+                                 const uint16_t* mask);
 /// The host's bytes of a global range, checked; undefined ones are reported, or defined where it is written.
 uint8_t* global_range(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes, bool is_write);
 

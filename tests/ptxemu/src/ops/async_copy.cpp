@@ -8,11 +8,12 @@
 
 namespace ptxemu {
 
-void finish_copy(Warp& w, const AsyncCopy& copy) {
+void finish_copy(Warp& w, const AsyncCopy& copy, uint32_t clock) {
+  w.launch->polls_in_vain = 0;
   uint8_t data[16] = {};
   std::memcpy(data, copy.from, copy.zero_from);
   w.block->shared->end_async_write(copy.to, copy.bytes, data,
-                                   stamp(w.clock(), w.clock_index, static_cast<uint32_t>(copy.lane)), copy.inst->index);
+                                   stamp(clock, w.clock_index, static_cast<uint32_t>(copy.lane)), copy.inst->index);
 }
 
 void finish_copies(Warp& w, Mask lanes, uint32_t groups_left) {
@@ -20,14 +21,14 @@ void finish_copies(Warp& w, Mask lanes, uint32_t groups_left) {
     return (lanes >> copy.lane & 1) && copy.group + groups_left < w.copy_groups[copy.lane];
   };
   for (const AsyncCopy& copy : w.copies)
-    if (is_due(copy)) finish_copy(w, copy);
+    if (is_due(copy)) finish_copy(w, copy, w.clock());
   w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), is_due), w.copies.end());
 }
 
 void finish_all_copies(Warp& w, Mask lanes) {
   const auto is_due = [&](const AsyncCopy& copy) { return (lanes >> copy.lane & 1) != 0; };
   for (const AsyncCopy& copy : w.copies)
-    if (is_due(copy)) finish_copy(w, copy);
+    if (is_due(copy)) finish_copy(w, copy, w.clock());
   w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), is_due), w.copies.end());
 }
 
@@ -68,8 +69,11 @@ void run_cp_async(Warp& w, const Inst& inst, Mask lanes) {
         w.report(Kind::Misaligned, inst, 1u << lane, "the source is not a multiple of " + std::to_string(inst.size));
       copy.from = source.host;
       uint8_t unused[16];
-      if (!read_memory(w, inst, lane, source, copy.zero_from, unused))
-        w.report(Kind::Uninitialised, inst, 1u << lane, "copies global memory that was never written");
+      if (!read_memory(w, inst, lane, source, copy.zero_from, unused)) {
+        const auto race = w.launch->racy_reads.find(inst.index);
+        if (race != w.launch->racy_reads.end()) w.report(Kind::Race, inst, 1u << lane, race->second);
+        else w.report(Kind::Uninitialised, inst, 1u << lane, "copies global memory that was never written");
+      }
     }
     copy.to = target.offset;
     copy.lane = lane;

@@ -16,6 +16,7 @@ struct AtomicDetail : Detail {
   Op op = Op::Add;
   Type type = Type::None;
   bool returns = false;
+  bool releases = false;
   int elements = 1;      // of a vector
   int register_bytes = 0;
 };
@@ -111,14 +112,14 @@ void run_atomic(Warp& w, const Inst& inst, Mask lanes) {
       seen = seen * 31 + old;
     }
     changed |= std::memcmp(before, after, static_cast<size_t>(bytes * n)) != 0;
-    strong_release(w, at);
+    if (!is_float(detail.type)) strong_release(w, at, detail.releases);  // sums of floats are no flags
     write_memory(w, inst, lane, at, static_cast<uint64_t>(bytes * n), after, was_known || detail.op == Op::Exch, true);
     if (!was_known && detail.op != Op::Exch)
       w.report(Kind::Uninitialised, inst, 1u << lane, "an atomic operation on memory that was never written");
   }
   if (detail.returns)
     for (int i = 0; i < n; ++i) w.define(results[i], lanes, known, inst);
-  if (changed) w.polls = 0;
+  if (changed) w.launch->polls_in_vain = 0;
   else if (detail.returns) note_poll(w, inst, seen);
 }
 
@@ -147,7 +148,8 @@ void decode_atomic(Decoder& d, bool returns) {
     case 4: d.inst.space = Space::Generic; break;
     default: d.inst.space = Space::Shared; break;
   }
-  d.ignore({"relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", "noftz"});
+  detail.releases = d.take_one({"release", "acq_rel", "relaxed", "acquire"}, 3) < 2;
+  d.ignore({"cta", "cluster", "gpu", "sys", "noftz"});
   const bool hint = d.take("L2::cache_hint");
   static constexpr int kCounts[] = {2, 4, 8, 1};
   detail.elements = kCounts[d.take_one({"v2", "v4", "v8"}, 3)];
@@ -176,6 +178,7 @@ void decode_atomic(Decoder& d, bool returns) {
   add(d.arg(returns ? 2 : 1), false);
   if (detail.op == Op::Cas) add(d.arg(returns ? 3 : 2), false);
   if (d.inst.space != Space::Global) d.touches_shared(bytes);
+  if (d.inst.space != Space::Shared) d.writes_global(bytes);
 }
 
 }  // namespace

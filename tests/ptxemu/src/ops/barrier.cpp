@@ -36,7 +36,6 @@ void complete(Barrier& b, uint32_t id) {
     const auto action = static_cast<const BarrierDetail&>(*inst->detail).action;
     join(w->seen, done.clocks);
     if (action >= Action::RedPopc) set_result(*w, *inst, done, action, w->live);
-    w->polls = 0;
     w->release(id);
   }
 }
@@ -143,10 +142,7 @@ void run_cluster_arrive(Warp& w, const Inst& inst, Mask lanes) {
   ++c.barrier_phase;
   c.barrier = Barrier();
   for (const auto& block : c.blocks)
-    for (const auto& other : block->warps) {
-      other->polls = 0;
-      other->release(kClusterBarrier);
-    }
+    for (const auto& other : block->warps) other->release(kClusterBarrier);
 }
 
 void run_cluster_wait(Warp& w, const Inst&, Mask) {
@@ -167,9 +163,9 @@ void decode_cluster_barrier(Decoder& d) {
   d.inst.run = waits ? &run_cluster_wait : &run_cluster_arrive;
 }
 
-// ---- fences. Executed in order as here, memory needs none; between the proxies they are kept account of.
+// ---- fences. Executed in order as here, memory needs none; but what they hand over is kept account of.
 
-void run_fence(Warp&, const Inst&, Mask) {}
+void run_fence(Warp& w, const Inst&, Mask) { w.block->fences = true; }
 
 void run_proxy_fence(Warp& w, const Inst&, Mask) {
   w.tick();

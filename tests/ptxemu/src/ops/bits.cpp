@@ -131,6 +131,7 @@ void decode_logic(Decoder& d) {
   const Type type = d.take_type();
   d.inst.counted = Class::Int;
   same_type_operands(d, type, kLogic == Logic::Not ? 1 : 2);
+  d.inst.in_halves = true;
   if (type == Type::Pred) {
     if (kLogic == Logic::Not) d.inst.o[2] = d.inst.o[1];
     d.inst.run = &run_predicates<kLogic>;

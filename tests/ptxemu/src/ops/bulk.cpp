@@ -1,8 +1,5 @@
 // Bulk copies: the copy engine moves bytes between global and shared memory (PTX ISA, "cp.async.bulk",
 // "cp.reduce.async.bulk"), and the addresses of other blocks of a cluster (mapa).
-//
-// A load is finished at a random moment before the program may rely on it, a store when the program waits for its
-// group. Between issue and end its shared memory must not be touched, nor read; that is checked.
 #include <algorithm>
 
 #include "../memory.h"
@@ -10,127 +7,6 @@
 #include "pick.h"
 
 namespace ptxemu {
-
-HazardInfo proxy_hazard(const Warp& w, const SharedMemory& shared, uint64_t at) {
-  const Stamp writer = shared.writer(at);
-  const size_t warps = w.seen.size() - 1;  // the last is the copy engine, which writes through this proxy itself
-  if (clock_of(writer) == 0 || warp_of(writer) >= warps) return {};
-  const Warp& other = *w.block->cluster->blocks[warp_of(writer) / w.block->warps.size()]
-                           ->warps[warp_of(writer) % w.block->warps.size()];
-  const bool fenced = clock_of(writer) < other.proxy_fence_clock || clock_of(writer) < w.seen_at_proxy_fence[warp_of(writer)];
-  if (fenced) return {};
-  return {Hazard::Unfenced, writer, shared.writer_instruction(at), static_cast<uint32_t>(at)};
-}
-
-void start_bulk_load(Warp& w, const Inst& inst, int lane, const std::vector<Block*>& blocks,
-                     const std::vector<BulkPiece>& pieces, uint64_t barrier) {
-  for (Block* block : blocks) {
-    for (const BulkPiece& piece : pieces) {
-      if (piece.shared + piece.bytes > block->shared->size()) {
-        w.report(Kind::OutOfBounds, inst, 1u << lane,
-                 "copies to shared bytes " + std::to_string(piece.shared) + " to " +
-                     std::to_string(piece.shared + piece.bytes - 1) + ", the block has " + std::to_string(block->shared->size()));
-        return;
-      }
-      const HazardInfo hazard = block->shared->begin_async_write(w.access(inst, lane), piece.shared, piece.bytes);
-      if (hazard.hazard != Hazard::None) w.report_hazard(hazard, inst, lane);
-    }
-    Cluster* cluster = block->cluster;
-    const auto agent = static_cast<uint32_t>(w.seen.size() - 1);
-    const int instruction = inst.index;
-    cluster->bulk.push_back({[=] {
-      uint64_t total = 0;
-      std::vector<uint8_t> data;
-      for (const BulkPiece& piece : pieces) {
-        data.resize(piece.bytes);
-        for (uint64_t i = 0; i < piece.bytes; ++i) data[i] = static_cast<uint8_t>(piece.fill >> 8 * (i % 4));
-        if (piece.first < piece.last) std::memcpy(data.data() + piece.first, piece.global, piece.last - piece.first);
-        block->shared->end_async_write(piece.shared, piece.bytes, data.data(), stamp(cluster->agent_clock, agent, 0), instruction);
-        total += piece.bytes;
-      }
-      ++cluster->agent_clock;
-      complete_bytes(*block, barrier, total);
-    }, &inst});
-  }
-}
-
-void start_bulk_store(Warp& w, const Inst& inst, int lane, const std::vector<BulkPiece>& pieces, BulkReduce reduce, Type type) {
-  SharedMemory& s = *w.block->shared;
-  for (const BulkPiece& piece : pieces) {
-    if (piece.shared + piece.bytes > s.size()) {
-      w.report(Kind::OutOfBounds, inst, 1u << lane, "copies from shared byte " + std::to_string(piece.shared + piece.bytes - 1) +
-                                                        ", the block has " + std::to_string(s.size()));
-      return;
-    }
-    HazardInfo hazard = s.begin_async_read(w.access(inst, lane), piece.shared, piece.bytes);
-    for (uint64_t at = piece.shared; at < piece.shared + piece.bytes && hazard.hazard == Hazard::None; at += 4)
-      hazard = proxy_hazard(w, s, at);
-    if (hazard.hazard != Hazard::None) w.report_hazard(hazard, inst, lane);
-    if (piece.first < piece.last && !s.defined(piece.shared, piece.bytes))
-      w.report(Kind::Uninitialised, inst, 1u << lane, "copies shared memory that was never written, from byte " + std::to_string(piece.shared));
-  }
-  BulkStore store;
-  store.lane = lane;
-  store.group = w.bulk_groups[lane];
-  store.finish = [&w, &s, lane, pieces, reduce, type] {
-    for (const BulkPiece& piece : pieces) {
-      s.end_async_read(piece.shared, piece.bytes, stamp(w.clock(), w.clock_index, static_cast<uint32_t>(lane)));
-      const uint64_t size = piece.last - piece.first;
-      if (size == 0) continue;
-      const uint8_t* source = s.bytes() + piece.shared + piece.first;
-      if (reduce == BulkReduce::None) {
-        std::memcpy(piece.global, source, size);
-        continue;
-      }
-      const auto bytes = static_cast<uint64_t>(bytes_of(type));
-      for (uint64_t i = 0; i < size; i += bytes) {
-        uint64_t old = 0, value = 0;
-        std::memcpy(&old, piece.global + i, bytes);
-        std::memcpy(&value, source + i, bytes);
-        const uint64_t next = reduce_element(reduce, type, old, value);
-        std::memcpy(piece.global + i, &next, bytes);
-      }
-    }
-  };
-  w.bulk_stores.push_back(std::move(store));
-}
-
-std::vector<Block*> copy_targets(Warp& w, Block* own, bool multicast, uint32_t mask) {
-  if (!multicast) return {own};
-  std::vector<Block*> blocks;
-  for (const auto& block : w.block->cluster->blocks)
-    if (mask >> block->rank & 1) blocks.push_back(block.get());
-  return blocks;
-}
-
-uint8_t* global_range(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes, bool is_write) {
-  const Location l = locate(w, inst, lane, Space::Global, address, bytes, 1, is_write);
-  if (l.host == nullptr || l.allocation->shadow == nullptr) return l.host;
-  for (uint64_t i = 0; i < bytes; ++i) {
-    uint8_t& flags = l.allocation->shadow[l.offset + i];
-    if (is_write) {
-      flags &= static_cast<uint8_t>(~kUndefined);
-    } else if (flags & kUndefined) {
-      w.report(Kind::Uninitialised, inst, 1u << lane, "copies global memory that was never written");
-      break;
-    }
-  }
-  return l.host;
-}
-
-BulkReduce take_reduction(Decoder& d) {
-  return static_cast<BulkReduce>(d.take_one({"add", "min", "max", "inc", "dec", "and", "or", "xor"}, 8));
-}
-
-void finish_bulk_stores(Warp& w, Mask lanes, uint32_t groups_left) {
-  const auto is_due = [&](const BulkStore& store) {
-    return (lanes >> store.lane & 1) && store.group + groups_left < w.bulk_groups[store.lane];
-  };
-  for (const BulkStore& store : w.bulk_stores)
-    if (is_due(store)) store.finish();
-  w.bulk_stores.erase(std::remove_if(w.bulk_stores.begin(), w.bulk_stores.end(), is_due), w.bulk_stores.end());
-}
-
 namespace {
 
 struct BulkDetail : Detail {
@@ -151,7 +27,7 @@ void run_bulk(Warp& w, const Inst& inst, Mask lanes) {
     if (bytes % 16 || global % 16)
       return w.report(Kind::Misaligned, inst, 1u << lane, "bulk copies are of multiples of 16 bytes, at such addresses");
     if (bytes == 0) return;
-    const Location shared = locate(w, inst, lane, Space::Shared, (detail.is_load ? detail.to : detail.from).at(w, lane),
+    const Location shared = locate(w, inst, lane, Space::SharedCluster, (detail.is_load ? detail.to : detail.from).at(w, lane),
                                    bytes, 16, detail.is_load);
     BulkPiece piece;
     piece.shared = shared.offset;
@@ -159,10 +35,10 @@ void run_bulk(Warp& w, const Inst& inst, Mask lanes) {
     piece.global = global_range(w, inst, lane, global, bytes, !detail.is_load);
     if (shared.host == nullptr || piece.global == nullptr) return;
     if (!detail.is_load) return start_bulk_store(w, inst, lane, {piece}, detail.reduce, detail.type);
-    const Location barrier = locate(w, inst, lane, Space::Shared, detail.barrier.at(w, lane), 8, 8, true);
-    if (barrier.host == nullptr || find_barrier(w, inst, lane, barrier) == nullptr) return;
-    const uint32_t mask = detail.multicast ? w.row<uint16_t>(detail.mask)[lane] : 0;
-    start_bulk_load(w, inst, lane, copy_targets(w, shared.block, detail.multicast, mask), {piece}, barrier.offset);
+    const Location barrier = locate(w, inst, lane, Space::SharedCluster, detail.barrier.at(w, lane), 8, 8, true);
+    if (barrier.host == nullptr) return;
+    const uint16_t* mask = detail.multicast ? w.row<uint16_t>(detail.mask) + lane : nullptr;
+    start_bulk_load(w, inst, lane, copy_targets(w, inst, lane, shared, barrier, mask), {piece}, barrier.offset);
   });
 }
 
@@ -173,14 +49,16 @@ void decode_bulk(Decoder& d, bool reduces) {
   detail.is_load = d.take("mbarrier::complete_tx::bytes");
   if (!detail.is_load) d.take_one({"bulk_group"});
   d.take_one({"global"});
-  d.take_one({"shared::cluster", "shared::cta"});
-  detail.multicast = d.take("multicast::cluster");
+  const bool to_cluster = d.take_one({"shared::cta", "shared::cluster"}) == 1;
+  if (to_cluster && !detail.is_load) d.refuse("copies from the block's own shared memory only");
+  detail.multicast = detail.is_load && d.take("multicast::cluster");
   const bool hint = d.take("L2::cache_hint");
-  d.take("noftz");
   if (reduces) {
     detail.reduce = take_reduction(d);
     detail.type = d.take_type();
-    if (detail.is_load || detail.reduce == BulkReduce::None) d.refuse("only reductions to global memory are supported");
+    const bool rounds = detail.type == Type::F16 || detail.type == Type::BF16;
+    if (detail.is_load || !can_reduce(detail.reduce, detail.type)) d.refuse("this reduction is not supported");
+    if (detail.reduce == BulkReduce::Add && rounds) d.take_one({"noftz"});
   }
   const size_t count = detail.is_load ? 4u + detail.multicast + hint : 3u + hint;
   d.need_args(count, count);
@@ -235,6 +113,18 @@ T other_address(T address, uint32_t rank) {
   return static_cast<T>(window + (static_cast<T>(rank + 1) << kClusterShift) + offset);
 }
 
+template <class T>
+void run_mapa(Warp& w, const Inst& inst, Mask lanes) {
+  const uint32_t* ranks = w.row<uint32_t>(inst.o[2]);
+  w.require_defined(inst.o[2], lanes, inst, "the rank of a block");
+  each_lane(lanes, [&](int lane) {
+    if (ranks[lane] >= w.block->cluster->blocks.size())
+      w.report(Kind::Invalid, inst, 1u << lane, "block " + std::to_string(ranks[lane]) + " of a cluster of " +
+                                                    std::to_string(w.block->cluster->blocks.size()));
+  });
+  Lanewise<&other_address<T>>::run(w, inst, lanes);
+}
+
 void decode_mapa(Decoder& d) {
   d.take("shared::cluster");
   const Type type = d.take_type();
@@ -243,7 +133,7 @@ void decode_mapa(Decoder& d) {
   d.inst.o[1] = d.src(d.arg(1), type);
   d.inst.o[2] = d.src(d.arg(2), Type::U32);
   d.inst.counted = Class::Int;
-  d.inst.run = bits_of(type) == 64 ? &Lanewise<&other_address<uint64_t>>::run : &Lanewise<&other_address<uint32_t>>::run;
+  d.inst.run = bits_of(type) == 64 ? &run_mapa<uint64_t> : &run_mapa<uint32_t>;
 }
 
 // The rank of the block whose shared memory an address is in; the block's own addresses carry none.

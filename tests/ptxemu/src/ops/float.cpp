@@ -240,6 +240,7 @@ void decode_half(Decoder& d, Type type, HalfOp op, size_t sources) {
   for (size_t i = sources + 1; i <= 3; ++i) d.inst.o[i] = d.inst.o[1];
   d.inst.counted = op == HalfOp::Exp2 || op == HalfOp::Tanh ? Class::Mufu : Class::Half;
   const bool packed = type == Type::F16x2 || type == Type::BF16x2;
+  d.inst.in_halves = packed;
   const bool brain = type == Type::BF16 || type == Type::BF16x2;
   d.inst.run = brain ? choose_half<Brain>(d, op, packed, ftz, sat, relu) : choose_half<Half>(d, op, packed, ftz, sat, relu);
 }
@@ -266,6 +267,7 @@ void decode_pairs(Decoder& d, const std::string& name) {
   const bool ftz = d.take("ftz");
   d.take_type();
   same_type_operands(d, Type::B64, name == "fma" ? 3 : 2);
+  d.inst.in_halves = true;
   d.inst.counted = Class::Fp32;
   if (name == "add") d.inst.run = pairwise<&add<float>>(mode, ftz);
   else if (name == "sub") d.inst.run = pairwise<&sub<float>>(mode, ftz);

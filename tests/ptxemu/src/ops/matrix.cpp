@@ -176,6 +176,20 @@ void read_b(Warp& w, const Operand* registers, Element e, int k, float (&b)[kMax
   }
 }
 
+// Four rows at a time: enough independent sums to keep the CPU's multipliers busy. Products are exact.
+void multiply(const float (&a)[kM][kMaxK], const float (&b)[kMaxK][kN], int depth, double (&sum)[kM][kN]) {
+  constexpr int kTogether = 4;
+  for (int row = 0; row < kM; row += kTogether) {
+    double part[kTogether][kN];
+    std::memcpy(part, sum[row], sizeof part);
+    for (int k = 0; k < depth; ++k)
+      for (int i = 0; i < kTogether; ++i)
+        for (int column = 0; column < kN; ++column)
+          part[i][column] = std::fma(static_cast<double>(a[row + i][k]), static_cast<double>(b[k][column]), part[i][column]);
+    std::memcpy(sum[row], part, sizeof part);
+  }
+}
+
 // Row m of D is known if row m of A and of C are; column n if column n of B is.
 void define_result(Warp& w, const Inst& inst, const Operand* d, int d_count, const Operand* a, int a_count,
                    const Operand* b, int b_count, const Operand* c) {
@@ -226,10 +240,7 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
         sum[row + 8 * (i / 2)][column + i % 2] = w.row<float>(c[i])[lane];
       }
     }
-  for (int row = 0; row < kM; ++row)
-    for (int k = 0; k < detail.k; ++k)
-      for (int column = 0; column < kN; ++column)
-        sum[row][column] += static_cast<double>(left[row][k]) * right[k][column];  // an exact product
+  multiply(left, right, detail.k, sum);
   const bool known = all_defined(w, a, a_count + b_count + d_count);
   for (int i = 0; i < d_count; ++i)
     for (int lane = 0; lane < kLanes; ++lane) {

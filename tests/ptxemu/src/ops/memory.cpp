@@ -11,6 +11,7 @@ struct MemoryDetail : Detail {
   int register_bytes = 0;
   bool is_signed = false;
   bool strong = false;  // volatile, relaxed, acquire, release
+  bool releases = false;
 };
 
 // o[0] is the address, o[1..] the elements.
@@ -63,7 +64,7 @@ void run_store(Warp& w, const Inst& inst, Mask lanes) {
     uint8_t data[64];
     for (int i = 0; i < inst.count; ++i)
       std::memcpy(data + i * inst.size, w.row<uint8_t>(inst.o[1 + i]) + lane * detail.register_bytes, inst.size);
-    if (detail.strong) strong_release(w, to);
+    if (detail.strong) strong_release(w, to, detail.releases);
     write_memory(w, inst, lane, to, bytes, data, known >> lane & 1, detail.strong);
   });
   if (global & ~known)
@@ -85,19 +86,20 @@ Space take_space(Decoder& d) {
   }
 }
 
-// What orders and what only hints. Gives whether the access is strong.
-bool take_order(Decoder& d) {
-  const bool strong = d.take_one({"volatile", "relaxed", "acquire", "release", "mmio", "cv"}, 6) != 6;
+// What orders and what only hints.
+void take_order(Decoder& d, MemoryDetail& detail) {
+  const int order = d.take_one({"release", "volatile", "relaxed", "acquire", "mmio", "cv"}, 6);
+  detail.releases = order == 0;
+  detail.strong = order != 6;
   d.ignore({"weak", "cta", "cluster", "gpu", "sys", "ca", "cg", "cs", "lu", "wb", "wt", "nc", "L1::evict_normal",
             "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::evict_last",
             "L2::evict_first", "L2::evict_normal", "L2::64B", "L2::128B", "L2::256B", "unified"});
-  return strong;
 }
 
 void decode_access(Decoder& d, bool is_load) {
   auto& detail = d.detail<MemoryDetail>();
   d.inst.space = take_space(d);
-  detail.strong = take_order(d);
+  take_order(d, detail);
   const bool hint = d.take("L2::cache_hint");
   static constexpr uint8_t kCounts[] = {2, 4, 8, 1};
   d.inst.count = kCounts[d.take_one({"v2", "v4", "v8"}, 3)];
@@ -129,6 +131,7 @@ void decode_access(Decoder& d, bool is_load) {
   }
   if (d.inst.space == Space::Shared || d.inst.space == Space::SharedCluster || d.inst.space == Space::Generic)
     d.touches_shared(d.inst.size);
+  if (!is_load && (d.inst.space == Space::Global || d.inst.space == Space::Generic)) d.writes_global(d.inst.size * d.inst.count);
 }
 
 void do_nothing(Warp&, const Inst&, Mask) {}

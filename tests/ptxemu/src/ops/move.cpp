@@ -21,19 +21,20 @@ void run_pack(Warp& w, const Inst& inst, Mask lanes) {
   constexpr size_t kParts = sizeof(Whole) / sizeof(Part);
   Whole* d = w.row<Whole>(inst.o[0]);
   alignas(64) Whole value[kLanes] = {};
-  Mask known = kAllLanes;
+  Mask low = kAllLanes, high = kAllLanes;
   for (size_t i = 0; i < kParts; ++i) {
     const Part* s = w.row<Part>(inst.o[1 + i]);
     for (int lane = 0; lane < kLanes; ++lane)
       value[lane] |= static_cast<Whole>(static_cast<Whole>(s[lane]) << 8 * sizeof(Part) * i);
-    known &= w.defined[inst.o[1 + i].row];
+    (i < kParts / 2 ? low : high) &= w.defined[inst.o[1 + i].row];
   }
   merge(d, value, lanes);
   if constexpr (kParts == 2) {
     w.flow(inst.o[0], lanes, inst, inst.o[1], inst.o[2]);
   } else {
-    w.define(inst.o[0], lanes, known, inst);
+    w.define(inst.o[0], lanes, low & high, inst);
   }
+  if ((low & high & lanes) != lanes) w.define_halves(inst.o[0], lanes, low, high);
 }
 
 template <class Whole, class Part>
@@ -46,7 +47,13 @@ void run_unpack(Warp& w, const Inst& inst, Mask lanes) {
     alignas(64) Part part[kLanes];
     for (int lane = 0; lane < kLanes; ++lane) part[lane] = static_cast<Part>(value[lane] >> 8 * sizeof(Part) * i);
     merge(d, part, lanes);
-    w.flow(inst.o[1 + i], lanes, inst, inst.o[0]);
+    const Mask known = i < kParts / 2 ? w.low_defined(inst.o[0].row) : w.high_defined(inst.o[0].row);
+    if ((known & lanes) == lanes) {
+      w.define(inst.o[1 + i], lanes, kAllLanes, inst);
+    } else {
+      w.flow(inst.o[1 + i], lanes, inst, inst.o[0]);
+      w.defined[inst.o[1 + i].row] |= known & lanes;
+    }
   }
 }
 
@@ -101,6 +108,7 @@ void decode_mov(Decoder& d) {
     return;
   }
   d.inst.o[1] = d.src(from, type);
+  d.inst.in_halves = true;
   d.inst.run = PTXEMU_BY_BITS(d, type, same);
 }
 
