@@ -7,9 +7,9 @@
 Time is not modelled: nothing here says how fast a kernel is.
 """
 
-from .build import BuildError
 from .arguments import Argument, Output
 from .arguments import Struct as struct
+from .build import BuildError
 from .emulator import Module, PtxError, load
 from .report import Accesses, EmulationError, Finding, Report
 from .tensor_map import TensorMap

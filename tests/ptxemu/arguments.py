@@ -94,7 +94,9 @@ class Memory(ABC):
         if len(args) != len(params):
             raise ValueError(f"args: {len(args)}, but {entry} has {len(params)} parameters")
         packed = b""
-        for index, (value, (_, kind, is_array, offset, size)) in enumerate(zip(args, params, strict=True)):
+        for index, (value, (_, kind, is_array, offset, size)) in enumerate(
+            zip(args, params, strict=True)
+        ):
             data = self._bytes_of(value, kind, is_array, index)
             if len(data) != size:
                 raise ValueError(f"args[{index}]: {len(data)} bytes, {entry} takes {size}")
@@ -117,7 +119,9 @@ class Memory(ABC):
                      for v in value.values]  # fmt: skip
             return packing.pack(value.layout, *parts)
         if is_array or kind not in _FORMATS:
-            raise TypeError(f"args[{index}]: a struct parameter needs bytes or Struct, got {type(value).__name__}")
+            raise TypeError(
+                f"args[{index}]: a struct parameter needs bytes or Struct, got {type(value).__name__}"
+            )
         if not isinstance(value, (int, float)):
             raise TypeError(f"args[{index}]: {type(value).__name__} is no argument")
         return _scalar(value, kind, index)

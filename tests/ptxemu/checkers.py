@@ -1,9 +1,9 @@
 """Small kernels written in PTX by hand, for the tests of what the emulator reports.
 
-A kernel's body may use: tid, lane, warp, block (.b32, set); x, y (.b64, set: the first two arguments, pointers), n (.b32,
-set: the third); own (.b32: shared address buffer + 4 tid); registers r0.. (.b32), d0.. (.b64), f0.. (.f32), h0.. (.b16)
-and p0.. (predicates), not set; shared memory `buffer`. A line with the comment `// here` is where the finding belongs,
-one with `// other` is the other party's.
+A kernel's body may use: tid, lane, warp, block (.b32, set); x, y (.b64, set: the first two arguments, pointers), n
+(.b32, set: the third); own (.b32: shared address buffer + 4 tid); registers r0.. (.b32), d0.. (.b64), f0.. (.f32),
+h0.. (.b16) and p0.. (predicates), not set; shared memory `buffer`. A line with the comment `// here` is where the
+finding belongs, one with `// other` is the other party's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from collections.abc import Sequence
 from functools import cache
 from textwrap import indent
 
-import ptxemu
 import torch
+
+import ptxemu
 from ptxemu import Finding, Report
+
+# x[tid] = r2
+OUT = "mul.wide.u32 d0, tid, 4;\nadd.s64 d0, x, d0;\nst.global.u32 [d0], r2;\n"
 
 _HEAD = """\
 .version 8.7
@@ -140,3 +144,13 @@ def run(
 def words(count: int) -> torch.Tensor:
     """Zeros, int32."""
     return torch.zeros(count, dtype=torch.int32)
+
+
+def each_seed(body: str, block: int = 128) -> list[Result]:
+    """The body run with several seeds on `block` threads, whose number is n."""
+    return [run(body, words(block), n=block, block=block, seed=seed) for seed in range(4)]
+
+
+def legal(body: str, block: int = 128) -> list[Result]:
+    """The same, where nothing may be found."""
+    return [result.clean() for result in each_seed(body, block)]

@@ -91,7 +91,14 @@ class DeviceModule:
         self._driver("cuModuleGetFunction", ctypes.byref(function), self._handle, entry.encode())
         if shared:
             self._driver("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared)
-        self._start(function, sizes(grid, "grid"), sizes(block, "block"), sizes(cluster, "cluster"), shared, params)
+        self._start(
+            function,
+            sizes(grid, "grid"),
+            sizes(block, "block"),
+            sizes(cluster, "cluster"),
+            shared,
+            params,
+        )
         self._driver("cuCtxSynchronize")
         memory.copy_back()
         return Report([], {}, [], "", 0, self._layout.target)
@@ -102,11 +109,17 @@ class DeviceModule:
     ) -> None:  # fmt: skip
         attribute = _LaunchAttribute(_CLUSTER_DIMENSION)
         attribute.value[:3] = cluster
-        config = _LaunchConfig(grid, block, shared, None, ctypes.pointer(attribute), int(cluster != (1, 1, 1)))
+        config = _LaunchConfig(
+            grid, block, shared, None, ctypes.pointer(attribute), int(cluster != (1, 1, 1))
+        )
         buffer = ctypes.create_string_buffer(params, len(params))
         size = ctypes.c_size_t(len(params))
         extra = (ctypes.c_void_p * 5)(
-            _BUFFER_POINTER, ctypes.addressof(buffer), _BUFFER_SIZE, ctypes.addressof(size), _BUFFER_END
+            _BUFFER_POINTER,
+            ctypes.addressof(buffer),
+            _BUFFER_SIZE,
+            ctypes.addressof(size),
+            _BUFFER_END,
         )
         self._driver("cuLaunchKernelEx", ctypes.byref(config), function, None, extra)
 
@@ -150,7 +163,9 @@ class _DeviceMemory(arguments.Memory):
         tensor, rank = value.tensor, value.tensor.dim()
         size = tensor.element_size()
         sizes_ = (ctypes.c_uint64 * rank)(*list(tensor.shape)[::-1])
-        strides = (ctypes.c_uint64 * max(rank - 1, 1))(*[s * size for s in tensor.stride()[:-1]][::-1])
+        strides = (ctypes.c_uint64 * max(rank - 1, 1))(
+            *[s * size for s in tensor.stride()[:-1]][::-1]
+        )
         box = (ctypes.c_uint32 * rank)(*value.box[::-1])
         steps = (ctypes.c_uint32 * rank)(*[1] * rank)
         space = ctypes.create_string_buffer(128 + 64)

@@ -60,7 +60,9 @@ class Module:
         """
         entry = self.entry_named(entry)
         memory = _Memory(self._module)
-        for index, value in enumerate(args):  # all of a storage's views are known before any holes are marked
+        for index, value in enumerate(
+            args
+        ):  # all of a storage's views are known before any holes are marked
             memory.register(value, (names or {}).get(index, f"arg{index}"))
         memory.mark()
         params = memory.pack(entry, self.entries[entry]["params"], args)
@@ -77,7 +79,9 @@ class Module:
                 raise ValueError(f"entry: the module has {sorted(self.entries)}, name one")
             return str(next(iter(self.entries)))
         if entry not in self.entries:
-            raise ValueError(f"entry: {entry!r} is not in the module, which has {sorted(self.entries)}")
+            raise ValueError(
+                f"entry: {entry!r} is not in the module, which has {sorted(self.entries)}"
+            )
         return entry
 
     def variable(self, name: str) -> np.ndarray:
@@ -133,5 +137,7 @@ def _bytes_of_view(storage: np.ndarray, view: torch.Tensor) -> np.ndarray:
     if view.numel() == 0:
         return storage[:0]
     return np.lib.stride_tricks.as_strided(
-        storage[view.storage_offset() * size :], (*view.shape, size), (*(s * size for s in view.stride()), 1)
+        storage[view.storage_offset() * size :],
+        (*view.shape, size),
+        (*(s * size for s in view.stride()), 1),
     )

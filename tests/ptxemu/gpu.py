@@ -1,8 +1,8 @@
 """What GPU tests run on: the emulator, or the real device where there is one. The same test body on both.
 
-    @pytest.mark.archs(80, 90)                       # default: ARCHS
-    def test_kernel(gpu: Gpu) -> None:
-        report = triton_run.launch(kernel, grid, x, y, gpu=gpu, BLOCK=64)
+@pytest.mark.archs(80, 90)                       # default: ARCHS
+def test_kernel(gpu: Gpu) -> None:
+    report = triton_run.launch(kernel, grid, x, y, gpu=gpu, BLOCK=64)
 """
 
 from __future__ import annotations

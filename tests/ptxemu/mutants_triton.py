@@ -43,7 +43,7 @@ _LOCK = "    while tl.atomic_cas(locks + group, 0, 1) == 1:\n        pass\n"
 
 NORMALISATION = [
     mutant("lock is not taken", "triton lock", _NORM, _LOCK, "", "race"),
-    mutant("lock is opened before all threads have stored", "triton lock", _NORM, "    tl.debug_barrier()\n    tl.atomic_xchg", "    tl.atomic_xchg", "race"),
+    mutant("lock is opened by an ordinary store", "triton lock", _NORM, "tl.atomic_xchg(locks + group, 0)", "tl.store(locks + group, 0)", "race"),
     mutant("lock is never opened", "triton lock", _NORM, "    tl.atomic_xchg(locks + group, 0)\n", "", "deadlock"),
     mutant("lock of another group is opened", "triton lock", _NORM,
            "tl.atomic_xchg(locks + group, 0)", "tl.atomic_xchg(locks + (group + 1) % groups, 0)", "deadlock"),

@@ -1,6 +1,6 @@
 """Compile CUDA C++ with nvcc, keeping the results on disk, and run it: in the emulator, or on a GPU.
 
-    report = launch(SAMPLES / "layer_norm.cu", "layer_norm_fp32", rows, 128, params, gpu=Emulator(80))
+report = launch(SAMPLES / "layer_norm.cu", "layer_norm_fp32", rows, 128, params, gpu=Emulator(80))
 """
 
 from __future__ import annotations

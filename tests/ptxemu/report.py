@@ -83,7 +83,9 @@ class Report:
 
     def conflicts(self, shared: bool = True) -> list[Accesses]:
         """Instructions with more wavefronts (shared: False: sectors) than ideal, the worst first."""
-        wasteful = [a for a in self.accesses if (a.kind in _SHARED) == shared and a.actual > a.ideal]
+        wasteful = [
+            a for a in self.accesses if (a.kind in _SHARED) == shared and a.actual > a.ideal
+        ]
         return sorted(wasteful, key=lambda a: a.ideal - a.actual)
 
 
@@ -96,7 +98,9 @@ def make_report(raw: dict[str, object], target: str) -> Report:
         counters[name] = sum(a.actual for a in mine)
         counters[f"{name}_ideal"] = sum(a.ideal for a in mine)
     findings = [Finding(*row) for row in _rows(raw["findings"])]
-    return Report(findings, counters, accesses, str(raw["output"]), int(str(raw["instructions"])), target)
+    return Report(
+        findings, counters, accesses, str(raw["output"]), int(str(raw["instructions"])), target
+    )
 
 
 def _rows(value: object) -> Iterable[tuple]:

@@ -31,25 +31,37 @@ class TensorMap:
     """
 
     def __init__(
-        self, tensor: torch.Tensor, box: Sequence[int], swizzle: Swizzle = "none", nan_fill: bool = False
+        self,
+        tensor: torch.Tensor,
+        box: Sequence[int],
+        swizzle: Swizzle = "none",
+        nan_fill: bool = False,
     ) -> None:
         if tensor.dtype not in _ELEMENTS:
             raise TypeError(f"tensor: {tensor.dtype} has no place in a tensor map")
         if not 1 <= tensor.dim() <= 5 or len(box) != tensor.dim():
-            raise ValueError(f"box: {tuple(box)} for a tensor of shape {tuple(tensor.shape)}, needs 1 to 5 dimensions")
+            raise ValueError(
+                f"box: {tuple(box)} for a tensor of shape {tuple(tensor.shape)}, needs 1 to 5 dimensions"
+            )
         if tensor.numel() == 0:
             raise ValueError(f"tensor: shape {tuple(tensor.shape)}, needs sizes of at least 1")
         size = tensor.element_size()
         if tensor.stride(-1) != 1 or any(s * size % 16 for s in tensor.stride()[:-1]):
-            raise ValueError(f"tensor: strides {tensor.stride()}, needs 1 in the last dimension, multiples of 16 bytes in others")
+            raise ValueError(
+                f"tensor: strides {tensor.stride()}, needs 1 in the last dimension, multiples of 16 bytes in others"
+            )
         if tensor.data_ptr() % 16:
             raise ValueError("tensor: its memory does not start at a multiple of 16 bytes")
         if any(not 1 <= b <= 256 for b in box) or box[-1] * size % 16:
-            raise ValueError(f"box: {tuple(box)}, needs sizes of 1 to 256 and rows of a multiple of 16 bytes")
+            raise ValueError(
+                f"box: {tuple(box)}, needs sizes of 1 to 256 and rows of a multiple of 16 bytes"
+            )
         if swizzle not in _SWIZZLES:
             raise ValueError(f"swizzle: {swizzle!r}, needs one of {', '.join(_SWIZZLES)}")
         if swizzle != "none" and box[-1] * size != int(swizzle[:-1]):
-            raise ValueError(f"box: rows of {box[-1] * size} bytes, needs those of its swizzle, {swizzle}")
+            raise ValueError(
+                f"box: rows of {box[-1] * size} bytes, needs those of its swizzle, {swizzle}"
+            )
         if nan_fill and not (tensor.dtype.is_floating_point and size > 1):
             raise ValueError(f"nan_fill: {tensor.dtype} is copied as integers, which have no NaN")
         self.tensor, self.box, self.swizzle, self.nan_fill = tensor, tuple(box), swizzle, nan_fill

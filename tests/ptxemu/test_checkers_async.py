@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ptxemu
 import pytest
 import torch
+
+import ptxemu
 from ptxemu.checkers import run, words
 
 SEEDS = range(4)
@@ -167,13 +168,16 @@ def test_pipeline_without_its_barrier() -> None:
         assert run_pipeline(body, seed)[0] & {"race", "async-unwaited"}
 
 
-OVERWRITE = COPY.replace("COMMIT", COMMIT).replace("BARRIER", BARRIER) + """
+OVERWRITE = (
+    COPY.replace("COMMIT", COMMIT).replace("BARRIER", BARRIER)
+    + """
 AFTER
 cp.async.cg.shared.global [r1], [d1], 16;
 cp.async.commit_group;
 cp.async.wait_group 0;
 bar.sync 0;
 """
+)
 
 
 def test_copy_over_what_is_still_read() -> None:
@@ -185,8 +189,12 @@ def test_copy_over_what_is_still_read() -> None:
 
 
 def test_writing_where_a_copy_is_under_way() -> None:
-    body = COPY.replace("COMMIT", COMMIT).replace("ld.shared.v4.u32 {r4, r5, r6, r7}, [r2]; // here", "")
-    body = body.replace("WAIT", "ONE\nst.shared.u32 [r1], tid; // here\nTWO").replace("BARRIER", BARRIER)
+    body = COPY.replace("COMMIT", COMMIT).replace(
+        "ld.shared.v4.u32 {r4, r5, r6, r7}, [r2]; // here", ""
+    )
+    body = body.replace("WAIT", "ONE\nst.shared.u32 [r1], tid; // here\nTWO").replace(
+        "BARRIER", BARRIER
+    )
     body = body.replace("{r4, r5, r6, r7}", "{tid, tid, tid, tid}")
     wait = "cp.async.wait_all;"
     run(body.replace("ONE", wait).replace("TWO", ""), SOURCE, words(256), block=64).clean()
@@ -204,14 +212,16 @@ def test_zeros_in_place_of_what_is_not_there() -> None:
     assert result.y.view(64, 4).flip(0).flatten()[:80].equal(short)
     assert not result.y.view(64, 4).flip(0).flatten()[80:].any()
     result = run(size.replace("SIZE", "4") + body, short, words(256), block=64).clean()
-    assert result.y.view(64, 4).flip(0)[:20].equal(
-        torch.stack([short[::4], *[words(20)] * 3], 1)
-    )
+    assert result.y.view(64, 4).flip(0)[:20].equal(torch.stack([short[::4], *[words(20)] * 3], 1))
 
 
 def test_copy_out_of_bounds() -> None:
     bad = run(copy(), SOURCE[:252].clone(), words(256), block=64)
-    assert [(f.kind, f.line) for f in bad.report.findings][0] == ("out-of-bounds", bad.line("other"))
+    first = bad.report.findings[0]
+    assert (first.kind, first.line) == (
+        "out-of-bounds",
+        bad.line("other"),
+    )
     body = copy().replace("[r1], [d1], 16", "[r1+3088], [d1], 16").replace("// here", "")
     body = body.replace("// other", "// here").replace("ld.shared", "// ld.shared")
     body = body.replace("st.global", "// st.global")

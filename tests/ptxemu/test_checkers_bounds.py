@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ptxemu
 import pytest
 import torch
+
+import ptxemu
 from ptxemu.checkers import run, words
 
 ADDRESS = "mul.wide.u32 d0, tid, 4;\nadd.s64 d0, x, d0;\n"
@@ -79,7 +80,9 @@ def test_null_pointer() -> None:
     body = "setp.eq.s64 p0, x, 0;\nGUARD ld.global.u32 r0, [x+OFFSET]; // here"
     for offset in (0, 8):
         unguarded = body.replace("GUARD", "").replace("OFFSET", str(offset))
-        run(unguarded).only("out-of-bounds", f"reads 4 bytes at address 0x{offset:x}: a null pointer")
+        run(unguarded).only(
+            "out-of-bounds", f"reads 4 bytes at address 0x{offset:x}: a null pointer"
+        )
     body = body.replace("OFFSET", "0")
     run(body.replace("GUARD", "@!p0")).clean()
 
@@ -151,7 +154,9 @@ def test_shared_memory_has_a_size() -> None:
         "out-of-bounds", "writes shared bytes 128 to 131, the block has 128", "lane 31"
     )
     before = "sub.u32 r0, own, 4;"
-    run(body.replace("ADDRESS", before), shared=128).only("out-of-bounds", "writes shared", "lane 0")
+    run(body.replace("ADDRESS", before), shared=128).only(
+        "out-of-bounds", "writes shared", "lane 0"
+    )
 
 
 def test_shared_memory_by_a_generic_address() -> None:

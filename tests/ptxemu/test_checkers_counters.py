@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from ptxemu.checkers import Result, run, words
 
 SHARED = """
@@ -67,7 +68,9 @@ def test_wavefronts(access: str, step: int, start: int, actual: int, ideal: int)
     assert conflicts == ([(result.line("here"), 1, actual, ideal)] if actual > ideal else [])
 
 
-@pytest.mark.parametrize(("swizzle", "actual"), [("and.b32 r6, lane, 7;", 4), ("mov.u32 r6, 0;", 32)])
+@pytest.mark.parametrize(
+    ("swizzle", "actual"), [("and.b32 r6, lane, 7;", 4), ("mov.u32 r6, 0;", 32)]
+)
 @pytest.mark.parametrize("access", ["ldmatrix", "cp.async"])
 def test_swizzle(access: str, swizzle: str, actual: int) -> None:
     """Rows of 128 bytes, chunk c of row r at place c ^ (r mod 8): a column of eight rows takes each bank once."""
@@ -131,14 +134,18 @@ def test_sectors(access: str, step: int, start: int, actual: int, ideal: int) ->
 
 
 def test_lanes_in_any_order_touch_the_same_sectors() -> None:
-    body = "xor.b32 r0, tid, 21;\nmul.wide.u32 d0, r0, 4;\nadd.s64 d0, x, d0;\nld.global.u32 r1, [d0];"
+    body = (
+        "xor.b32 r0, tid, 21;\nmul.wide.u32 d0, r0, 4;\nadd.s64 d0, x, d0;\nld.global.u32 r1, [d0];"
+    )
     counters = run(body, words(32)).clean().report.counters
     assert (counters["sectors"], counters["sectors_ideal"]) == (4, 4)
 
 
 def test_only_lanes_that_take_part_are_counted() -> None:
     body = "setp.lt.u32 p0, tid, 8;\nmul.wide.u32 d0, tid, 4;\nadd.s64 d0, x, d0;\n"
-    body += "@p0 ld.global.u32 r1, [d0];\nmad.lo.u32 r2, tid, 124, own;\n@p0 st.shared.u32 [r2], tid;"
+    body += (
+        "@p0 ld.global.u32 r1, [d0];\nmad.lo.u32 r2, tid, 124, own;\n@p0 st.shared.u32 [r2], tid;"
+    )
     counters = run(body, words(8)).clean().report.counters
     assert (counters["sectors"], counters["shared_wavefronts"]) == (1, 8)
 

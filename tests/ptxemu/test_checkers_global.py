@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+
 from ptxemu.checkers import run, words
 
 SEEDS = range(5)
@@ -51,7 +52,9 @@ def test_sum_of_all_blocks_without_atomics() -> None:
         run(ADD, words(32), seed=seed).clean()
         found = run(ADD, words(32), grid=3, seed=seed).report
         assert found.kinds() == {"race"}
-        assert re.search(r"byte \d+ of x, which block \(\d, 0, 0\), warp 0 wro", found.findings[0].message)
+        assert re.search(
+            r"byte \d+ of x, which block \(\d, 0, 0\), warp 0 wro", found.findings[0].message
+        )
     atomic = OWN + "red.global.add.u32 [d0], 1;"
     assert run(atomic, words(32), grid=3).clean().x.eq(3).all()
 
@@ -99,7 +102,9 @@ def test_lock(parts: dict[str, str], lost: str) -> None:
     """What is added under a lock needs the lock, and all threads of the block behind it before it opens."""
     body = LOCK
     for name, text in parts.items():
-        body = body.replace(name, text if name != lost else {"TAKE": "mov.u32 r0, 0;"}.get(name, ""))
+        body = body.replace(
+            name, text if name != lost else {"TAKE": "mov.u32 r0, 0;"}.get(name, "")
+        )
     for seed in SEEDS:
         result = run(body, words(1), words(64), block=64, grid=5, seed=seed)
         if lost:
@@ -114,7 +119,9 @@ def test_lock_without_any_fence() -> None:
     for name, text in FENCED.items():
         body = body.replace(name, "" if text == "membar.gl;" else text)
     for seed in SEEDS:
-        assert run(body, words(1), words(64), block=64, grid=5, seed=seed).report.kinds() == {"race"}
+        assert run(body, words(1), words(64), block=64, grid=5, seed=seed).report.kinds() == {
+            "race"
+        }
 
 
 LAST = """
@@ -173,7 +180,11 @@ st.global.u32 [d0], r1;
 @pytest.mark.parametrize(
     ("raise_", "poll", "legal"),
     [
-        ("membar.gl;\nst.volatile.global.u32 [x], 1;", "ld.volatile.global.u32 r0, [x];\nmembar.gl;", True),
+        (
+            "membar.gl;\nst.volatile.global.u32 [x], 1;",
+            "ld.volatile.global.u32 r0, [x];\nmembar.gl;",
+            True,
+        ),
         ("st.release.gpu.global.u32 [x], 1;", "ld.acquire.gpu.global.u32 r0, [x];", True),
         ("red.release.gpu.global.add.u32 [x], 1;", "ld.acquire.gpu.global.u32 r0, [x];", True),
         ("st.relaxed.gpu.global.u32 [x], 1;", "ld.relaxed.gpu.global.u32 r0, [x];", False),
@@ -186,14 +197,18 @@ def test_flag_between_blocks(raise_: str, poll: str, legal: bool) -> None:
         if legal:
             assert result.clean().y.tolist() == [5, 5]
         else:
-            result.only("race", r"reads byte 0 of y, which block \(1, 0, 0\), warp 0 wrote at @other")
+            result.only(
+                "race", r"reads byte 0 of y, which block \(1, 0, 0\), warp 0 wrote at @other"
+            )
 
 
 def test_sums_of_floats_are_no_flags() -> None:
     """Atomics may meet atomics; reading the sum needs an order that they do not make."""
     body = "red.global.add.f32 [x], 0f3F800000;\nREAD"
     for seed in SEEDS:
-        assert run(body.replace("READ", ""), torch.zeros(1), grid=4, seed=seed).clean().x.item() == 128
+        assert (
+            run(body.replace("READ", ""), torch.zeros(1), grid=4, seed=seed).clean().x.item() == 128
+        )
         read = "ld.global.f32 f0, [x];\nst.global.f32 [y], f0;"
         result = run(body.replace("READ", read), torch.zeros(1), torch.zeros(1), grid=4, seed=seed)
         assert result.report.kinds() == {"race"}
@@ -225,7 +240,9 @@ def test_warps_of_a_block() -> None:
         good = run(body.replace("SYNC", "bar.sync 0;"), words(64), words(64), block=64, seed=seed)
         assert good.clean().y.tolist() == [i ^ 33 for i in range(64)]
         bad = run(body.replace("SYNC", ""), words(64), words(64), block=64, seed=seed)
-        bad.only("race", r"reads byte \d+ of x, which warp \d wrote at @other", "used as what it stores")
+        bad.only(
+            "race", r"reads byte \d+ of x, which warp \d wrote at @other", "used as what it stores"
+        )
 
 
 def test_race_whose_value_is_not_used() -> None:
@@ -234,13 +251,19 @@ def test_race_whose_value_is_not_used() -> None:
 
 
 def test_lanes_of_a_warp() -> None:
-    body = WITHIN.replace("33", "1").replace("USE", "st.shared.u32 [own], r0;\nst.global.u32 [y], r0;")
-    body = body.replace("st.global.u32 [y], r0;", "add.s64 d2, y, d0;\nsub.s64 d2, d2, x;\nst.global.u32 [d2], r0;")
+    body = WITHIN.replace("33", "1").replace(
+        "USE", "st.shared.u32 [own], r0;\nst.global.u32 [y], r0;"
+    )
+    body = body.replace(
+        "st.global.u32 [y], r0;", "add.s64 d2, y, d0;\nsub.s64 d2, d2, x;\nst.global.u32 [d2], r0;"
+    )
     run(body.replace("SYNC", "bar.warp.sync -1;"), words(32), words(32)).clean()
     run(body.replace("SYNC", ""), words(32), words(32)).only("race", "of the same warp wrote")
     same = OWN + "st.global.u32 [x], VALUE; // here"
     run(same.replace("VALUE", "n"), words(1)).clean()
-    run(same.replace("VALUE", "tid"), words(1)).only("race", "writes byte 0 of x, which lane 0 of the")
+    run(same.replace("VALUE", "tid"), words(1)).only(
+        "race", "writes byte 0 of x, which lane 0 of the"
+    )
 
 
 def test_launches_are_ordered() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import ptxemu
 import pytest
 import torch
+
+import ptxemu
 from ptxemu.checkers import run, words
 
 PLACE = "mul.wide.u32 d0, tid, 4;\nadd.s64 d1, x, d0;\n"
+
 STORE = PLACE + "st.global.u32 [d1], r0; // here"
 
 
@@ -42,11 +44,20 @@ def test_undefined_value_is_followed_to_its_use() -> None:
 @pytest.mark.parametrize(
     ("use", "what"),
     [
-        ("mul.wide.u32 d2, r0, 4;\nadd.s64 d2, x, d2;\nld.global.u32 r1, [d2]; // here", "an address"),
-        ("shl.b32 r1, r0, 2;\nadd.u32 r1, r1, own;\nst.shared.u32 [r1], tid; // here", "an address"),
+        (
+            "mul.wide.u32 d2, r0, 4;\nadd.s64 d2, x, d2;\nld.global.u32 r1, [d2]; // here",
+            "an address",
+        ),
+        (
+            "shl.b32 r1, r0, 2;\nadd.u32 r1, r1, own;\nst.shared.u32 [r1], tid; // here",
+            "an address",
+        ),
         ("setp.eq.u32 p0, r0, 0;\n@p0 bra ON; // here\nmov.u32 r1, 0;\nON:", "a condition"),
         ("setp.eq.u32 p0, r0, 0;\n@p0 mov.u32 r1, 0; // here", "a condition"),
-        ("T: .branchtargets A, B;\nbrx.idx r0, T; // here\nA: ret;\nB: ret;", "the index of a branch"),
+        (
+            "T: .branchtargets A, B;\nbrx.idx r0, T; // here\nA: ret;\nB: ret;",
+            "the index of a branch",
+        ),
         ("setp.eq.u32 p0, r0, 0;\nvote.sync.any.pred p1, p0, -1; // here", "a vote"),
         ("bar.sync r0; // here", "the number of a barrier"),
         ("red.global.add.u32 [x], r0; // here", "what an atomic operation uses"),
@@ -162,98 +173,6 @@ def test_choosing_the_undefined_value_is_reported() -> None:
     run(body + STORE, words(32)).only("uninitialised", "lane 20 and 11 more")
 
 
-def test_shuffles_carry_it_from_lane_to_lane() -> None:
-    """Lane i takes lane i ^ 1's value: undefined in odd lanes becomes undefined in even ones."""
-    body = """
-    and.b32 r1, tid, 1;
-    setp.eq.u32 p0, r1, 0;
-    @p0 mov.u32 r2, 5;
-    shfl.sync.bfly.b32 r0, r2, 1, 31, -1;
-    setp.GUARD.u32 p1, r1, 0;
-    """
-    guarded = STORE.replace("st.global", "@p1 st.global")
-    run(body.replace("GUARD", "ne") + guarded, words(32)).clean()
-    run(body.replace("GUARD", "eq") + guarded, words(32)).only("uninitialised", "15 more")
-
-
-MMA = """
-mov.u32 r1, 0x3f803f80; // one, twice
-mov.b32 r2, r1;
-mov.b32 r3, r1;
-mov.b32 r4, r1;
-mov.b32 r5, r1;
-mov.b32 r6, r1;
-mov.f32 f0, 0f00000000;
-mov.f32 f1, f0;
-mov.f32 f2, f0;
-mov.f32 f3, f0;
-UNDEFINE
-mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
-  {f4, f5, f6, f7}, {r1, r2, r3, r4}, {r5, r6}, {f0, f1, f2, f3};
-mul.wide.u32 d0, tid, 16;
-add.s64 d0, x, d0;
-CHECK
-st.global.v4.f32 [d0], {f4, f5, f6, f7}; // here
-"""
-
-
-def mma(undefine: str, check: str) -> str:
-    """Undefine a register in lane 9; store all of the result that `check` leaves. Lane 4g + t holds rows g (the first
-    two) and g + 8, columns 2t and 2t + 1."""
-    lane_9 = f"setp.eq.u32 p0, tid, 9;\n@p0 mov.b32 {undefine}, {'f20' if undefine[0] == 'f' else 'r20'};"
-    return MMA.replace("UNDEFINE", lane_9 if undefine != "none" else "").replace("CHECK", check)
-
-
-@pytest.mark.parametrize(
-    ("undefine", "clean", "count"),
-    [
-        # a1 of lane 9 is of row 2 (r1, r3) or row 10 (r2, r4): the four lanes with g = 2 have it.
-        ("r1", "shr.u32 r7, tid, 2;\nsetp.eq.u32 p1, r7, 2;\n@p1 bra END;", 4),
-        ("r4", "shr.u32 r7, tid, 2;\nsetp.eq.u32 p1, r7, 2;\n@p1 bra END;", 4),
-        # b of lane 9 is of column 2: the lanes with t = 1 have columns 2 and 3.
-        ("r5", "and.b32 r7, tid, 3;\nsetp.eq.u32 p1, r7, 1;\n@p1 bra END;", 8),
-        ("f2", "setp.eq.u32 p1, tid, 9;\n@p1 bra END;", 1),
-    ],
-)
-def test_mma_spoils_its_rows_and_columns_only(undefine: str, clean: str, count: int) -> None:
-    tensor = torch.zeros(128)
-    run(mma("none", ""), tensor).clean()
-    assert tensor.eq(16).all()
-    found = run(mma(undefine, ""), torch.zeros(128)).only("uninitialised")
-    more = f" and {count - 1} more" if count > 1 else ""
-    first = {"r5": 1, "f2": 9}.get(undefine, 8)
-    assert f"lane {first}{more}]" in found.message
-    run(mma(undefine, clean) + "END:", torch.zeros(128)).clean()
-
-
-def test_mma_keeps_the_rows_of_one_half() -> None:
-    """With row 2 undefined, row 10 of the same lanes is good."""
-    body = mma("r1", "").replace("{f4, f5, f6, f7}; // here", "{f6, f7, f6, f7}; // here")
-    run(body, torch.zeros(128)).clean()
-    body = mma("r2", "").replace("{f4, f5, f6, f7}; // here", "{f6, f7, f6, f7}; // here")
-    run(body, torch.zeros(128)).only("uninitialised")
-
-
-def test_ldmatrix_of_memory_never_written() -> None:
-    """Row 5 of the matrix: lanes 20 to 23; transposed, the lanes that hold rows 4 and 5 of each column."""
-    body = """
-    mov.u32 r0, buffer;
-    mad.lo.u32 r0, tid, 16, r0;
-    setp.ne.u32 p0, tid, 5;
-    mov.u32 r1, 0;
-    ALL st.shared.v4.u32 [r0], {r1, r1, r1, r1};
-    bar.warp.sync -1;
-    and.b32 r2, tid, 7;
-    mov.u32 r3, buffer;
-    mad.lo.u32 r3, r2, 16, r3;
-    ldmatrix.sync.aligned.m8n8.x1TRANS.shared.b16 {r0}, [r3]; // other
-    """
-    for trans, lanes in (("", "lane 20 and 3 more"), (".trans", "lane 2 and 7 more")):
-        text = body.replace("TRANS", trans) + STORE
-        run(text.replace("ALL", ""), words(32)).clean()
-        run(text.replace("ALL", "@p0"), words(32)).only("uninitialised", "from @other", lanes)
-
-
 def test_a_value_is_reported_once() -> None:
     """Each instruction that uses it is told of once; what it makes of it counts as known from then on."""
     body = STORE + "\nst.global.u32 [d1], r0;\nadd.u32 r3, r0, 1;\nst.global.u32 [d1], r3;"
@@ -262,7 +181,9 @@ def test_a_value_is_reported_once() -> None:
 
 def test_lanes_that_are_switched_off_all_the_way() -> None:
     """A masked load leaves undefined values behind, which go through arithmetic and shuffles and are not stored."""
-    body = PLACE + """
+    body = (
+        PLACE
+        + """
     setp.lt.u32 p0, tid, n;
     @p0 ld.global.f32 f0, [d1];
     mul.f32 f1, f0, f0;
@@ -277,8 +198,11 @@ def test_lanes_that_are_switched_off_all_the_way() -> None:
     ld.shared.f32 f5, [own];
     @p0 st.global.f32 [d1], f5; // here
     """
+    )
     run(body, torch.ones(20), n=20).clean()
-    run(body.replace("@p0 st.", "st."), torch.ones(32), n=20).only("uninitialised", "lane 20 and 11")
+    run(body.replace("@p0 st.", "st."), torch.ones(32), n=20).only(
+        "uninitialised", "lane 20 and 11"
+    )
 
 
 def test_sum_with_neutral_elements() -> None:
@@ -288,5 +212,8 @@ def test_sum_with_neutral_elements() -> None:
         body += f"mov.b32 r1, f0;\nshfl.sync.bfly.b32 r2, r1, {step}, 31, -1;\n"
         body += "mov.b32 f1, r2;\nadd.f32 f0, f0, f1;\n"
     body += "st.global.f32 [x], f0; // here"
-    assert run(body.replace("INIT", "mov.f32 f0, 0f00000000;"), torch.ones(20), n=20).clean().x[0] == 20
+    assert (
+        run(body.replace("INIT", "mov.f32 f0, 0f00000000;"), torch.ones(20), n=20).clean().x[0]
+        == 20
+    )
     run(body.replace("INIT", ""), torch.ones(20), n=20).only("uninitialised", "lane 0 and 31 more")

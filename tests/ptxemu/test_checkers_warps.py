@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from ptxemu.checkers import run, words
+
+from ptxemu.checkers import OUT, run, words
 
 SEEDS = range(4)
-OUT = "mul.wide.u32 d0, tid, 4;\nadd.s64 d0, x, d0;\nst.global.u32 [d0], r2;\n"
 EXCHANGE = f"""
 xor.b32 r0, lane, 1;
 mov.u32 r1, buffer;
@@ -20,7 +20,12 @@ ld.shared.u32 r2, [r1]; // here
 
 @pytest.mark.parametrize(
     "nothing",
-    ["", "shfl.sync.idx.b32 r5, tid, 0, 31, -1;", "vote.sync.ballot.b32 r5, p0, -1;", "membar.cta;"],
+    [
+        "",
+        "shfl.sync.idx.b32 r5, tid, 0, 31, -1;",
+        "vote.sync.ballot.b32 r5, p0, -1;",
+        "membar.cta;",
+    ],
 )
 def test_lanes_of_a_warp_are_ordered_by_its_barrier_only(nothing: str) -> None:
     """Not by running in step, which nothing promises, nor by a shuffle, which is no barrier for memory."""
@@ -34,7 +39,10 @@ def test_lanes_of_a_warp_are_ordered_by_its_barrier_only(nothing: str) -> None:
 
 
 def test_own_bytes_need_no_barrier() -> None:
-    run(f"st.shared.u32 [own], tid;\nld.shared.u32 r2, [own];\nst.shared.u32 [own], r2;\n{OUT}", words(32)).clean()
+    run(
+        f"st.shared.u32 [own], tid;\nld.shared.u32 r2, [own];\nst.shared.u32 [own], r2;\n{OUT}",
+        words(32),
+    ).clean()
 
 
 def test_write_after_read_within_a_warp() -> None:
@@ -190,10 +198,16 @@ st.global.u32 [d0], r2;
 @pytest.mark.parametrize(
     ("release", "acquire"),
     [
-        ("st.release.cta.shared.u32 [buffer+2048], 1;", "ld.acquire.cta.shared.u32 r3, [buffer+2048];"),
+        (
+            "st.release.cta.shared.u32 [buffer+2048], 1;",
+            "ld.acquire.cta.shared.u32 r3, [buffer+2048];",
+        ),
         ("st.volatile.shared.u32 [buffer+2048], 1;", "ld.volatile.shared.u32 r3, [buffer+2048];"),
         ("atom.shared.exch.b32 r4, [buffer+2048], 1;", "atom.shared.or.b32 r3, [buffer+2048], 0;"),
-        ("red.release.cta.shared.add.u32 [buffer+2048], 1;", "ld.acquire.cta.shared.u32 r3, [buffer+2048];"),
+        (
+            "red.release.cta.shared.add.u32 [buffer+2048], 1;",
+            "ld.acquire.cta.shared.u32 r3, [buffer+2048];",
+        ),
     ],
 )
 def test_flag_in_shared_memory_hands_data_over(release: str, acquire: str) -> None:

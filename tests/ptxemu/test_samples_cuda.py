@@ -7,12 +7,15 @@ import math
 import numerics
 import pytest
 import torch
+
 from ptxemu import TensorMap, nvcc_run, struct
 from ptxemu.gpu import Emulator, Gpu
 from ptxemu.sample_cases import CASES, Case
 from ptxemu.samples import flash_cuda
 
-pytestmark = pytest.mark.skipif(nvcc_run.find_nvcc() is None, reason="no nvcc on PATH or in CUDA_HOME")
+pytestmark = pytest.mark.skipif(
+    nvcc_run.find_nvcc() is None, reason="no nvcc on PATH or in CUDA_HOME"
+)
 
 SAMPLES = flash_cuda.FOLDER
 HALVES = [case for case in CASES if case.dtype != torch.float32]
@@ -45,7 +48,9 @@ def test_flash_forward_of_other_head_sizes(gpu: Gpu, D: int, dtype: torch.dtype)
 
 
 @pytest.mark.archs(90)
-@pytest.mark.parametrize("case", [*HALVES, Case(300, 411, True, heads=1), Case(411, 300, False, heads=1)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*HALVES, Case(300, 411, True, heads=1), Case(411, 300, False, heads=1)], ids=str
+)
 def test_flash_forward_with_wgmma(gpu: Gpu, case: Case) -> None:
     q, k, v = case.inputs()
     o, lse, report = flash_cuda.flash_fwd_sm90(q, k, v, causal=case.causal, gpu=gpu)
@@ -66,7 +71,7 @@ def test_any_order_of_warps_gives_the_same_bits(seed: int) -> None:
 
 
 def test_keys_beyond_the_last_are_never_read() -> None:
-    """NaN behind N changes nothing, and the emulator allows no access there: the storage's rest belongs to no argument."""
+    """NaN behind N changes nothing, and nothing is read there: the storage's rest belongs to no argument."""
     case = Case(65, 70)
     q, k, v = case.inputs()
     padded = [torch.full((1, 128, 2, 64), math.nan, dtype=x.dtype).transpose(1, 2) for x in (k, v)]
@@ -83,7 +88,11 @@ def test_keys_beyond_the_last_are_never_read() -> None:
 def test_layer_norm(gpu: Gpu, size: int, dtype: torch.dtype) -> None:
     x = (torch.randn(5, size + 3) * 2 + 3).to(dtype)[:, :size]
     w, b = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
-    y, mean, rstd = torch.full((5, size), math.nan, dtype=dtype), torch.full((5,), math.nan), torch.full((5,), math.nan)
+    y, mean, rstd = (
+        torch.full((5, size), math.nan, dtype=dtype),
+        torch.full((5,), math.nan),
+        torch.full((5,), math.nan),
+    )
     params = struct("<6Q2q2if4x", x, w, b, y, mean, rstd, x.stride(0), size, size, 0, 1e-5)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     nvcc_run.launch(SAMPLES / "layer_norm.cu", f"layer_norm_{name}", 5, 128, params, gpu=gpu)
@@ -104,7 +113,9 @@ def swizzled(size: int, swizzle: str) -> torch.Tensor:
 
 
 @pytest.mark.archs(90, 120)
-@pytest.mark.parametrize("swizzle, box", [("none", (8, 40)), ("32B", (16, 16)), ("64B", (16, 32)), ("128B", (16, 64))])
+@pytest.mark.parametrize(
+    "swizzle, box", [("none", (8, 40)), ("32B", (16, 16)), ("64B", (16, 32)), ("128B", (16, 64))]
+)
 @pytest.mark.parametrize("x, y", [(0, 0), (-5, -3), (190, 30), (300, 0)])
 def test_tma_load(gpu: Gpu, swizzle: str, box: tuple[int, int], x: int, y: int) -> None:
     tensor = torch.randn(37, 200).half()
@@ -112,7 +123,9 @@ def test_tma_load(gpu: Gpu, swizzle: str, box: tuple[int, int], x: int, y: int) 
     size = rows * columns * 2
     out = torch.zeros(size, dtype=torch.uint8)
     tensor_map = TensorMap(tensor, box, swizzle)  # type: ignore[arg-type]
-    nvcc_run.launch(TMA_KERNELS, "tma_load_2d", 1, 64, tensor_map, out, x, y, size, gpu=gpu, shared=size)
+    nvcc_run.launch(
+        TMA_KERNELS, "tma_load_2d", 1, 64, tensor_map, out, x, y, size, gpu=gpu, shared=size
+    )
     expected = torch.zeros(37 + 600, 200 + 600).half()
     expected[300 : 300 + 37, 300 : 300 + 200] = tensor
     expected = expected[300 + y : 300 + y + rows, 300 + x : 300 + x + columns]
@@ -123,7 +136,9 @@ def test_tma_load(gpu: Gpu, swizzle: str, box: tuple[int, int], x: int, y: int) 
 def test_tma_copies_between_tensors(gpu: Gpu) -> None:
     a, b = torch.randn(20, 64), torch.zeros(19, 48)
     maps = [TensorMap(x, (8, 32), "128B") for x in (a, b)]
-    nvcc_run.launch(TMA_KERNELS, "tma_copy_2d", 1, 32, *maps, 4, 2, 40, 15, 1024, gpu=gpu, shared=1024)
+    nvcc_run.launch(
+        TMA_KERNELS, "tma_copy_2d", 1, 32, *maps, 4, 2, 40, 15, 1024, gpu=gpu, shared=1024
+    )
     expected = torch.zeros(19, 48)
     expected[15:19, 40:48] = a[2:6, 4:12]
     assert torch.equal(b, expected)
@@ -157,7 +172,9 @@ def test_clusters(gpu: Gpu) -> None:
     numerics.check(sums, x.double().view(2, -1).sum(1), x.view(2, -1).sum(1), "sum")
     tensor, out = torch.randn(16, 32), torch.zeros(4, 8, 16)
     box = TensorMap(tensor, (8, 16))
-    nvcc_run.launch(TMA_KERNELS, "tma_multicast_2d", 4, 64, box, out, 8, 4, 512, gpu=gpu, shared=512, cluster=2)
+    nvcc_run.launch(
+        TMA_KERNELS, "tma_multicast_2d", 4, 64, box, out, 8, 4, 512, gpu=gpu, shared=512, cluster=2
+    )
     assert torch.equal(out, tensor[4:12, 8:24].expand(4, 8, 16))
 
 

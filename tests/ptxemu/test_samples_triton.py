@@ -5,6 +5,7 @@ from __future__ import annotations
 import numerics
 import pytest
 import torch
+
 from ptxemu import triton_run
 from ptxemu.gpu import Emulator, Gpu
 from ptxemu.sample_cases import DTYPES, Case
@@ -18,7 +19,11 @@ pytestmark = pytest.mark.triton
 
 # Few sizes in many variants: a size of 1 and multiples of 16 are compiled apart from all others.
 CASES = [
-    *(Case(M, N, causal, dtype) for dtype in DTYPES for M, N, causal in ((111, 197, True), (65, 63, False))),
+    *(
+        Case(M, N, causal, dtype)
+        for dtype in DTYPES
+        for M, N, causal in ((111, 197, True), (65, 63, False))
+    ),
     Case(128, 128, True),
     Case(63, 1),
     Case(3, 65, True, torch.float16),
@@ -34,7 +39,9 @@ def test_flash_forward(gpu: Gpu, case: Case, tma: bool) -> None:
     if gpu.emulated and case.dtype != torch.float32:
         used = "wgmma" if gpu.arch == 90 else "mma"
         assert report.counters[used] > 0
-        assert (report.counters["bulk"] > 0) == (tma and gpu.arch >= 90), "descriptors become TMA where there is one"
+        assert (report.counters["bulk"] > 0) == (tma and gpu.arch >= 90), (
+            "descriptors become TMA where there is one"
+        )
 
 
 @pytest.mark.parametrize("warps, block_m, stages", [(8, 128, 3), (4, 64, 1)])
@@ -91,7 +98,9 @@ def test_layer_norm_backward(gpu: Gpu, way: str, dtype: torch.dtype) -> None:
     wide = x.double()
     mean, rstd = wide.mean(1).float(), (wide.var(1, unbiased=False) + 1e-5).rsqrt().float()
     block = 64 if way == "wide" else None
-    *gradients, _ = layer_norm_bwd.layer_norm_bwd(dy, x, w, mean, rstd, way=way, programs=4, block_d=block, gpu=gpu)
+    *gradients, _ = layer_norm_bwd.layer_norm_bwd(
+        dy, x, w, mean, rstd, way=way, programs=4, block_d=block, gpu=gpu
+    )
     exact, eager = (_gradients(dy.to(t), x.to(t), w.to(t), b.to(t)) for t in (torch.float64, dtype))
     for name, actual, e, own in zip(("dx", "dw", "db"), gradients, exact, eager, strict=True):
         numerics.check(actual, e, own, name, "gradient")
@@ -108,7 +117,9 @@ def _gradients(dy: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, .
 def test_a_lock_lets_every_order_of_programs_finish(seed: int) -> None:
     x, dy, w = torch.randn(24, 64), torch.randn(24, 64), torch.randn(64)
     mean, rstd = x.mean(1), (x.var(1, unbiased=False) + 1e-5).rsqrt()
-    *_, db, _ = layer_norm_bwd.layer_norm_bwd(dy, x, w, mean, rstd, way="lock", programs=2, gpu=Emulator(80), seed=seed)
+    *_, db, _ = layer_norm_bwd.layer_norm_bwd(
+        dy, x, w, mean, rstd, way="lock", programs=2, gpu=Emulator(80), seed=seed
+    )
     numerics.check(db, dy.double().sum(0), dy.sum(0), "db", "gradient")
 
 

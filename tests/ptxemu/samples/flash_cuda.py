@@ -1,4 +1,4 @@
-"""Flash attention's forward in CUDA C++, launched: flash_fwd.cu on any GPU from sm_80 on, flash_fwd_sm90.cu on sm_90."""
+"""Launches of flash attention's forward in CUDA C++: flash_fwd.cu from sm_80 on, flash_fwd_sm90.cu on sm_90."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ Result = tuple[torch.Tensor, torch.Tensor, Report]
 
 def flash_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, scale: float | None = None,
-    gpu: Gpu | None = None, seed: int = 0, check: bool = True, source: Path = GENERAL, defines: Mapping[str, str] | None = None,
+    gpu: Gpu | None = None, seed: int = 0, check: bool = True, source: Path = GENERAL,
+    defines: Mapping[str, str] | None = None,
 ) -> Result:  # fmt: skip
     """o like q, lse [B, H, M] in float32, and the report.
 
-    q [B, H, M, D]; k, v [B, H, N, D]; D of 32, 64, 128; float32, bfloat16 or float16; unit stride in D, rows of multiples
-    of 16 bytes. scale > 0, D^-1/2 by default. source, defines: of a variant of the kernel.
+    q [B, H, M, D]; k, v [B, H, N, D]; D of 32, 64, 128; float32, bfloat16 or float16; unit stride in D, rows of
+    multiples of 16 bytes. scale > 0, D^-1/2 by default. source, defines: of a variant of the kernel.
     """
     batch, heads, M, D = q.shape
     N, scale = k.shape[2], D**-0.5 if scale is None else scale
@@ -36,20 +37,24 @@ def flash_fwd(
     block_n = 32 if q.dtype == torch.float32 and D == 128 else 64
     report = nvcc_run.launch(
         source, f"flash_fwd_{_NAMES[q.dtype]}_d{D}", (math.ceil(M / 64), heads, batch), 128, params,
-        gpu=gpu or Emulator(80), shared=(64 + 4 * block_n) * D * q.element_size(), seed=seed, check=check, defines=defines,
+        gpu=gpu or Emulator(80), shared=(64 + 4 * block_n) * D * q.element_size(), seed=seed, check=check,
+        defines=defines,
     )  # fmt: skip
     return o, lse, report
 
 
 def flash_fwd_sm90(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = False, scale: float | None = None,
-    gpu: Gpu | None = None, seed: int = 0, check: bool = True, source: Path = SM90, defines: Mapping[str, str] | None = None,
+    gpu: Gpu | None = None, seed: int = 0, check: bool = True, source: Path = SM90,
+    defines: Mapping[str, str] | None = None,
 ) -> Result:  # fmt: skip
     """The same by TMA and wgmma, for D = 64 in bfloat16 and float16 on sm_90."""
     batch, heads, M, D = q.shape
     scale = D**-0.5 if scale is None else scale
     o, lse = _outputs(q)
-    maps = [TensorMap(x, (1, 1, rows, D), "128B") for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64))]
+    maps = [
+        TensorMap(x, (1, 1, rows, D), "128B") for x, rows in ((q, 64), (k, 128), (v, 128), (o, 64))
+    ]
     report = nvcc_run.launch(
         source, f"flash_fwd_sm90_{_NAMES[q.dtype]}_d{D}", (math.ceil(M / 128), heads, batch), 384,
         struct("<Q3if", lse, M, k.shape[2], int(causal), scale), *maps,

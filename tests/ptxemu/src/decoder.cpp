@@ -83,12 +83,13 @@ Operand Rows::special(SpecialKind kind, int size) {
   return found->second;
 }
 
-Operand Rows::local_address(uint64_t offset) {
-  const auto [found, is_new] = locals_.try_emplace(offset);
+Operand Rows::local_address(uint64_t offset, int size) {
+  const auto [found, is_new] = locals_.try_emplace({offset, size});
   if (is_new) {
-    found->second = add(8);
-    for (int lane = 0; lane < kLanes; ++lane) std::memcpy(bytes(found->second) + lane * 8, &offset, 8);
-    function_.local_addresses.push_back(found->second);
+    found->second = add(size);
+    for (int lane = 0; lane < kLanes; ++lane)
+      std::memcpy(bytes(found->second) + lane * size, &offset, static_cast<size_t>(size));
+    function_.local_addresses.push_back({found->second, size});
   }
   return found->second;
 }
@@ -191,15 +192,31 @@ Operand Decoder::symbol(const Arg& a, Type type) {
   const auto global = module.names.find(a.name);
   if (local != function.names.end()) {
     const Place& place = local->second;
-    if (place.space == Space::Local) {
-      if (bits_of(type) != 64) refuse("a local address of 32 bits");
-      return rows_.local_address(place.address + a.offset);
-    }
-    if (place.space == Space::Param && !function.is_entry) refuse("the address of a parameter of a function");
+    if (place.space == Space::Local) return rows_.local_address(place.address + a.offset, bytes_of(type));
     return rows_.constant(place.address + a.offset, bytes_of(type));
   }
   if (global == module.names.end()) refuse(a.name + " is not declared");
   return rows_.constant(global->second.address + a.offset, bytes_of(type));
+}
+
+bool Decoder::is_parameter(const Arg& a) const {
+  const auto found = function.names.find(a.name);
+  return found != function.names.end() && found->second.space == Space::Param;
+}
+
+// The address of a function's parameter is that of a copy in local memory (PTX ISA, "mov").
+Operand Decoder::parameter_in_local(const Arg& a, Type type) {
+  const Place& place = function.names.at(a.name);
+  const auto is_same = [&](const Place& p) { return p.address == place.address; };
+  if (std::none_of(function.params.begin(), function.params.end(), is_same))
+    refuse("the address of " + a.name + ", which is no parameter of the function");
+  auto& copies = function.parameters_in_local;
+  const auto known = std::find_if(copies.begin(), copies.end(), [&](const auto& c) { return is_same(c.first); });
+  if (known != copies.end()) return rows_.local_address(known->second.address + a.offset, bytes_of(type));
+  const Place copy{Space::Local, function.local_bytes, place.bytes};
+  function.local_bytes += (place.bytes + 15) / 16 * 16;
+  copies.emplace_back(place, copy);
+  return rows_.local_address(copy.address + a.offset, bytes_of(type));
 }
 
 Operand Decoder::operand(const Arg& a, Type type, bool is_destination, int* bytes) {
@@ -246,7 +263,7 @@ Operand Decoder::operand(const Arg& a, Type type, bool is_destination, int* byte
     case Arg::Kind::Special:
       return special(a, type, bytes);
     case Arg::Kind::Symbol:
-      return symbol(a, type);
+      return is_parameter(a) && !function.is_entry ? parameter_in_local(a, type) : symbol(a, type);
     default:
       refuse("an operand of an unexpected form");
   }

@@ -20,7 +20,7 @@ class Rows {
   Operand constant(uint64_t bits, int bytes);
   Operand predicate(bool value);
   Operand special(SpecialKind kind, int bytes);
-  Operand local_address(uint64_t offset);
+  Operand local_address(uint64_t offset, int bytes);
   Operand scratch(int bytes);  // for results that nobody wants
 
  private:
@@ -30,7 +30,7 @@ class Rows {
   Function& function_;
   std::map<std::pair<uint64_t, int>, Operand> constants_;
   std::map<std::pair<SpecialKind, int>, Operand> specials_;
-  std::map<uint64_t, Operand> locals_;
+  std::map<std::pair<uint64_t, int>, Operand> locals_;
 };
 
 class Decoder {
@@ -105,6 +105,8 @@ class Decoder {
   Operand operand(const Arg& a, Type type, bool is_destination, int* bytes);
   Operand special(const Arg& a, Type type, int* bytes);
   Operand symbol(const Arg& a, Type type);
+  bool is_parameter(const Arg& a) const;
+  Operand parameter_in_local(const Arg& a, Type type);
 
   const Statement& statement_;
   Rows& rows_;

@@ -11,12 +11,15 @@ bool in_number(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c
 
 }  // namespace
 
+std::string Lexer::found() const { return at_end() ? "the end" : std::string("'") + peek() + "'"; }
+
 void Lexer::advance() {
   if (text_[at_] == '\n') ++line_;
   ++at_;
 }
 
 void Lexer::skip_space() {
+  taken_line_ = line_;
   while (!at_end()) {
     if (std::isspace(static_cast<unsigned char>(peek()))) {
       advance();
@@ -24,7 +27,7 @@ void Lexer::skip_space() {
       while (!at_end() && peek() != '\n') advance();
     } else if (peek() == '/' && second() == '*') {
       while (!at_end() && !(peek() == '*' && second() == '/')) advance();
-      if (at_end()) fail("a comment does not end");
+      if (at_end()) fail_here("a comment does not end");
       advance(), advance();
     } else {
       return;
@@ -40,7 +43,7 @@ bool Lexer::accept(char c) {
 }
 
 void Lexer::expect(char c) {
-  if (!accept(c)) fail(std::string("expected '") + c + "', found '" + peek() + "'");
+  if (!accept(c)) fail_here(std::string("expected '") + c + "', found " + found());
 }
 
 std::string Lexer::run(bool (*belongs)(char)) {
@@ -52,7 +55,7 @@ std::string Lexer::run(bool (*belongs)(char)) {
 }
 
 std::string Lexer::identifier() {
-  if (!in_identifier(peek())) fail(std::string("expected a name, found '") + peek() + "'");
+  if (!in_identifier(peek())) fail_here("expected a name, found " + found());
   return run(in_identifier);
 }
 
@@ -63,7 +66,7 @@ bool Lexer::at_number() const { return std::isdigit(static_cast<unsigned char>(p
 std::string Lexer::number() { return run(in_number); }
 
 std::string Lexer::quoted() {
-  if (peek() != '"') fail("expected a string");
+  if (peek() != '"') fail_here("expected a string");
   advance();
   std::string word;
   while (!at_end() && peek() != '"') {
@@ -88,7 +91,7 @@ std::string Lexer::rest_of_line() {
 void Lexer::skip_group(char open, char close) {
   expect(open);
   for (int depth = 1; depth > 0;) {
-    if (at_end()) fail(std::string("'") + open + "' is not closed");
+    if (at_end()) fail_here(std::string("'") + open + "' is not closed");
     if (peek() == open) ++depth;
     if (peek() == close) --depth;
     advance();

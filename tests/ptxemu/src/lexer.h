@@ -31,7 +31,9 @@ class Lexer {
   void skip_group(char open, char close);
   /// The digits of a number: 12, 0x1f, 0f3f800000, 1.5e3, with the U of an unsigned one.
   std::string number();
-  [[noreturn]] void fail(const std::string& what) const { throw PtxError(line_, what); }
+  /// About what was taken last, and about what is next.
+  [[noreturn]] void fail(const std::string& what) const { throw PtxError(taken_line_, what); }
+  [[noreturn]] void fail_here(const std::string& what) const { throw PtxError(line_, what); }
 
   /// To look ahead: a place to come back to.
   struct Place {
@@ -42,6 +44,7 @@ class Lexer {
   void back_to(Place place) { at_ = place.at, line_ = place.line; }
 
  private:
+  std::string found() const;
   void advance();
   void skip_space();  // and comments
   std::string run(bool (*belongs)(char));
@@ -49,6 +52,7 @@ class Lexer {
   const std::string& text_;
   size_t at_ = 0;
   int line_ = 1;
+  int taken_line_ = 1;
 };
 
 }  // namespace ptxemu

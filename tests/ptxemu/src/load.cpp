@@ -21,6 +21,7 @@ void place_pointers(Module& m) {
       if (found == m.names.end() || found->second.space != Space::Global)
         throw PtxError(v.line, v.name + ": initial value " + target.name + " is no global variable");
       const uint64_t address = found->second.address + static_cast<uint64_t>(target.offset);
+      if (v.space == Space::Const) std::memcpy(m.constants.data() + m.names.at(v.name).address + at, &address, sizeof address);
       for (Global& g : m.globals)
         if (g.name == v.name) std::memcpy(g.bytes.data() + at, &address, sizeof address);
     }
@@ -42,7 +43,6 @@ void place_variables(Module& m) {
         m.constants.resize(at + v.bytes);
         std::copy(v.initial.begin(), v.initial.end(), m.constants.begin() + at);
         m.names[v.name] = {Space::Const, at, v.bytes};
-        if (!v.addresses.empty()) throw PtxError(v.line, v.name + ": pointers in constant memory");
         break;
       }
       case Space::Global: {
@@ -109,6 +109,7 @@ void decode(Module& m, Function& f, const FunctionAst& ast, Rows& rows, const St
   if (opcode == nullptr) d.refuse("opcode is not supported");
   d.set_modifiers({s.opcode.begin() + static_cast<std::ptrdiff_t>(used), s.opcode.end()});
   if (s.guard >= 0) {
+    if (f.registers[static_cast<size_t>(s.guard)].type != Type::Pred) d.refuse("its condition is no predicate");
     inst.guarded = true;
     inst.guard_negated = s.guard_negated;
     inst.guard = rows.reg(s.guard);

@@ -169,6 +169,7 @@ struct Warp {
   void load_split(const Split& split);
   void store_split();
   void pick();
+  void begin_turn();
   bool wake_waiting();
   void branch(const Inst& inst, Mask taken);
   void branch_table(const Inst& inst, Mask active_lanes);
@@ -183,11 +184,19 @@ struct Warp {
   uint32_t turns_apart_ = 0;
 };
 
+/// Lanes that wait at a barrier.
+struct BarrierWait {
+  Warp* warp;
+  const Inst* inst;
+  Frame* frame;
+  Mask lanes;
+};
+
 struct Barrier {
   uint32_t arrived = 0, expected = 0;
-  std::vector<Warp*> warps;   // that take part in this phase
+  std::map<Warp*, Mask> lanes;  // that have arrived in this phase
   Clocks clocks;
-  std::vector<std::pair<Warp*, const Inst*>> waiting;
+  std::vector<BarrierWait> waiting;
   uint32_t reduce_and = 1, reduce_or = 0, reduce_count = 0;  // bar.red
 };
 

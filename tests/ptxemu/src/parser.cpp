@@ -2,6 +2,7 @@
 // Registers are resolved here, since their names are scoped by { }; all other names later.
 #include <algorithm>
 #include <cstring>
+#include <set>
 
 #include "ast.h"
 #include "lexer.h"
@@ -53,7 +54,7 @@ class Parser {
   }
 
   std::string directive() {
-    if (lex_.peek() != '.') lex_.fail(std::string("expected a directive, found '") + lex_.peek() + "'");
+    if (lex_.peek() != '.') lex_.fail_here(std::string("expected a directive, found '") + lex_.peek() + "'");
     return lex_.dotted();
   }
 
@@ -120,36 +121,69 @@ class Parser {
       }
     }
     v.name = lex_.identifier();
-    uint64_t count = 1;
+    if (function_ == nullptr) variable_names_.insert(v.name);
+    std::vector<uint64_t> sizes;
     while (lex_.accept('[')) {
       v.is_array = true;
-      count *= lex_.peek() == ']' ? 0 : integer();
+      sizes.push_back(lex_.peek() == ']' ? 0 : integer());
       lex_.expect(']');
     }
+    uint64_t count = 1;
+    for (uint64_t size : sizes) count *= size;
     v.bytes = count * bytes_of(v.type);
     v.align = std::max<uint64_t>(align ? align : bytes_of(v.type), 1);
-    if (lex_.accept('=')) initial_values(v);
+    if (lex_.accept('=')) initial_values(v, sizes, 0);
     if (count == 0 && !v.is_extern) v.bytes = v.initial.size();
+    if (v.initial.size() > v.bytes) lex_.fail(v.name + " has too many initial values");
     return v;
   }
 
-  void initial_values(Variable& v) {
-    if (lex_.accept('{')) {
-      if (lex_.accept('}')) return;
-      do initial_values(v);
+  // Of an array of arrays each inner list may be short: the rest of its part is zero.
+  void initial_values(Variable& v, const std::vector<uint64_t>& sizes, size_t depth) {
+    if (!lex_.accept('{')) return initial_value(v);
+    const size_t start = v.initial.size();
+    if (!lex_.accept('}')) {
+      do initial_values(v, sizes, depth + 1);
       while (lex_.accept(','));
       lex_.expect('}');
-      return;
     }
+    if (depth == 0) return;
+    size_t part = static_cast<size_t>(bytes_of(v.type));
+    for (size_t i = depth; i < sizes.size(); ++i) part *= sizes[i];
+    if (v.initial.size() - start > part) lex_.fail(v.name + " has too many initial values");
+    v.initial.resize(start + part);
+  }
+
+  void initial_value(Variable& v) {
     const Arg value = expression();
-    const size_t at = v.initial.size(), size = bytes_of(v.type);
+    const size_t at = v.initial.size(), size = static_cast<size_t>(bytes_of(v.type));
     v.initial.resize(at + size);
-    if (value.kind == Arg::Kind::Symbol) {
-      if (size != 8) lex_.fail("an address in a variable that is not of 64 bits");
-      v.addresses.emplace_back(at, value);
-    } else {
-      std::memcpy(v.initial.data() + at, &value.bits, size);
+    const bool needs_float = v.type == Type::F32 || v.type == Type::F64;
+    switch (value.kind) {
+      case Arg::Kind::Symbol:
+        if (size != 8) lex_.fail("an address in a variable that is not of 64 bits");
+        v.addresses.emplace_back(at, value);
+        return;
+      case Arg::Kind::Integer:
+        if (needs_float) lex_.fail("an integer as the initial value of " + v.name);
+        break;
+      case Arg::Kind::Float32:
+        if (v.type != Type::F32) lex_.fail("a 32-bit float as the initial value of " + v.name);
+        break;
+      case Arg::Kind::Float64:
+        if (!needs_float) lex_.fail("a float as the initial value of " + v.name);
+        if (v.type == Type::F32) {
+          double wide;
+          std::memcpy(&wide, &value.bits, sizeof wide);
+          const auto narrow = static_cast<float>(wide);
+          std::memcpy(v.initial.data() + at, &narrow, sizeof narrow);
+          return;
+        }
+        break;
+      default:
+        lex_.fail("the initial value of " + v.name);
     }
+    std::memcpy(v.initial.data() + at, &value.bits, size);
   }
 
   // ---- functions
@@ -211,12 +245,14 @@ class Parser {
     function_->scope_parent.push_back(parent);
     const int scope = static_cast<int>(function_->scope_parent.size()) - 1;
     scopes_.emplace_back();
+    variable_scopes_.emplace_back();
     scope_stack_.push_back(scope);
     while (!lex_.accept('}')) {
-      if (lex_.at_end()) lex_.fail("'{' is not closed");
+      if (lex_.at_end()) lex_.fail_here("'{' is not closed");
       body_item(scope);
     }
     scope_stack_.pop_back();
+    variable_scopes_.pop_back();
     scopes_.pop_back();
   }
 
@@ -258,9 +294,25 @@ class Parser {
     if (word == ".pragma") {
       lex_.quoted();
     } else {
-      function_->variables.push_back(variable(word));
+      Variable v = variable(word);
+      v.name = declare_variable(v.name);
+      function_->variables.push_back(std::move(v));
     }
     lex_.expect(';');
+  }
+
+  // Variables are known by a name of their own; the same name may stand for others in other scopes.
+  std::string declare_variable(const std::string& name) {
+    std::string unique = name;
+    for (int n = 2; !variable_names_.insert(unique).second; ++n) unique = name + "#" + std::to_string(n);
+    variable_scopes_.back()[name] = unique;
+    return unique;
+  }
+
+  std::string find_variable(const std::string& name) const {
+    for (auto scope = variable_scopes_.rbegin(); scope != variable_scopes_.rend(); ++scope)
+      if (const auto found = scope->find(name); found != scope->end()) return found->second;
+    return name;
   }
 
   // .reg .b32 %r<12>;   .reg .pred p, q;
@@ -357,10 +409,11 @@ class Parser {
     if (name == "generic" && lex_.accept('(')) {
       a = expression();
       lex_.expect(')');
+      a.offset += offset();
       return a;
     }
     a.reg = find_register(name);
-    a.name = name;
+    a.name = a.reg >= 0 ? name : find_variable(name);
     a.scope = scope_stack_.empty() ? 0 : scope_stack_.back();
     a.kind = a.reg >= 0 ? Arg::Kind::Register : Arg::Kind::Symbol;
     if (a.reg < 0 && (name[0] == '%' || name == "WARP_SZ")) {
@@ -391,11 +444,16 @@ class Parser {
     const bool is_bits = digits.size() > 2 && digits[0] == '0';
     const char kind = is_bits ? static_cast<char>(std::tolower(digits[1])) : '\0';
     if (kind == 'f' || kind == 'd') {
+      const bool right = digits.size() == (kind == 'f' ? 10u : 18u) &&
+                         digits.find_first_not_of("0123456789abcdefABCDEF", 2) == std::string::npos;
+      if (!right) lex_.fail("number " + digits);
       a.kind = kind == 'f' ? Arg::Kind::Float32 : Arg::Kind::Float64;
       a.bits = std::stoull(digits.substr(2), nullptr, 16);
       if (negative) a.bits ^= kind == 'f' ? 0x80000000ull : 0x8000000000000000ull;
     } else if (digits.find('.') != std::string::npos) {
       a.kind = Arg::Kind::Float64;
+      if (digits.find_first_not_of("0123456789.") != std::string::npos || digits.find('.') != digits.rfind('.'))
+        lex_.fail("number " + digits);
       const double value = (negative ? -1 : 1) * std::stod(digits);
       std::memcpy(&a.bits, &value, sizeof value);
     } else {
@@ -431,6 +489,8 @@ class Parser {
   ModuleAst out_;
   FunctionAst* function_ = nullptr;
   std::vector<std::map<std::string, int>> scopes_;  // register names, innermost last
+  std::vector<std::map<std::string, std::string>> variable_scopes_;  // likewise: unique names of variables
+  std::set<std::string> variable_names_;                             // of the module so far
   std::vector<int> scope_stack_;
   int source_ = -1;
   bool is_extern_ = false;

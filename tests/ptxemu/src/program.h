@@ -101,6 +101,10 @@ struct SpecialRow {
   int bytes;  // 4 or 8
 };
 
+struct LocalRow {
+  Operand place;
+  int bytes;  // 4 or 8
+};
 /// Copies between registers are the compiler's bookkeeping: the assembler joins both registers into one.
 enum class Touch : uint8_t { Read, Write, Copy };
 
@@ -116,7 +120,8 @@ struct Function {
   uint32_t register_rows = 0, rows = 0;
   std::vector<uint8_t> constants;
   std::vector<SpecialRow> specials;
-  std::vector<Operand> local_addresses;  // 64-bit constants to which the frame's local base is added
+  std::vector<LocalRow> local_addresses;  // constants to which the frame's local base is added
+  std::vector<std::pair<Place, Place>> parameters_in_local;  // those whose address is taken, and their copies
   uint64_t local_bytes = 0;
   std::vector<Place> params, results;    // in the frame's parameter area (an entry's: in the bank of parameters)
   uint64_t param_bytes = 0;              // parameter area of one lane, .param variables of the body included

@@ -23,14 +23,28 @@ struct AtomicDetail : Detail {
 
 template <class T> T extreme(Op op, T a, T b) { return op == Op::Min ? std::min(a, b) : std::max(a, b); }
 
+// NaN, signalling or not, loses against a number; -0 < +0.
+float extreme_number(Op op, float a, float b) {
+  if (a != a) return b;
+  if (b != b) return a;
+  if (a == b) return std::signbit(a) == (op == Op::Min) ? a : b;
+  return (a < b) == (op == Op::Min) ? a : b;
+}
+
 uint16_t half_op(Op op, Type type, uint16_t a, uint16_t b) {
   const bool brain = type == Type::BF16;
   const float x = brain ? bf16_to_float(a) : f16_to_float(a), y = brain ? bf16_to_float(b) : f16_to_float(b);
-  const float v = op == Op::Add ? x + y : op == Op::Min ? std::fmin(x, y) : std::fmax(x, y);
+  const float v = op == Op::Add ? x + y : extreme_number(op, x, y);
   return brain ? float_to_bf16(v) : float_to_f16(v);
 }
 
-uint64_t combine(Op op, Type type, uint64_t old, uint64_t b, uint64_t c) {
+// PTX ISA, "atom": in global memory .add.f32 flushes subnormal numbers, in shared memory it does not.
+uint64_t add_single(uint64_t old, uint64_t b, bool flushes) {
+  const float x = bit_cast<float>(static_cast<uint32_t>(old)), y = bit_cast<float>(static_cast<uint32_t>(b));
+  return bit_cast<uint32_t>(flushes ? flush(flush(x) + flush(y)) : x + y);
+}
+
+uint64_t combine(Op op, Type type, uint64_t old, uint64_t b, uint64_t c, bool flushes) {
   const int bits = bits_of(type);
   const uint64_t mask = bits == 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
   switch (op) {
@@ -43,7 +57,7 @@ uint64_t combine(Op op, Type type, uint64_t old, uint64_t b, uint64_t c) {
     case Op::Dec: return old == 0 || old > b ? b : old - 1;
     case Op::Add:
       switch (type) {
-        case Type::F32: return bit_cast<uint32_t>(bit_cast<float>(static_cast<uint32_t>(old)) + bit_cast<float>(static_cast<uint32_t>(b)));
+        case Type::F32: return add_single(old, b, flushes);
         case Type::F64: return bit_cast<uint64_t>(bit_cast<double>(old) + bit_cast<double>(b));
         case Type::F16: case Type::BF16: return half_op(op, type, static_cast<uint16_t>(old), static_cast<uint16_t>(b));
         default: return (old + b) & mask;
@@ -63,11 +77,11 @@ uint64_t combine(Op op, Type type, uint64_t old, uint64_t b, uint64_t c) {
 
 Type half_of(Type type) { return type == Type::F16x2 ? Type::F16 : type == Type::BF16x2 ? Type::BF16 : Type::None; }
 
-uint64_t combine_element(const AtomicDetail& detail, uint64_t old, uint64_t b, uint64_t c) {
+uint64_t combine_element(const AtomicDetail& detail, uint64_t old, uint64_t b, uint64_t c, bool is_global) {
   const Type half = half_of(detail.type);
-  if (half == Type::None) return combine(detail.op, detail.type, old, b, c);
-  return combine(detail.op, half, old & 0xffff, b & 0xffff, 0) |
-         combine(detail.op, half, old >> 16 & 0xffff, b >> 16 & 0xffff, 0) << 16;
+  if (half == Type::None) return combine(detail.op, detail.type, old, b, c, is_global);
+  return combine(detail.op, half, old & 0xffff, b & 0xffff, 0, false) |
+         combine(detail.op, half, old >> 16 & 0xffff, b >> 16 & 0xffff, 0, false) << 16;
 }
 
 uint64_t value_of(Warp& w, Operand o, int lane, int bytes) {
@@ -105,7 +119,8 @@ void run_atomic(Warp& w, const Inst& inst, Mask lanes) {
       uint64_t old = 0;
       std::memcpy(&old, before + i * bytes, static_cast<size_t>(bytes));
       const uint64_t next = combine_element(detail, old, value_of(w, b[i], lane, detail.register_bytes),
-                                            detail.op == Op::Cas ? value_of(w, c[i], lane, detail.register_bytes) : 0);
+                                            detail.op == Op::Cas ? value_of(w, c[i], lane, detail.register_bytes) : 0,
+                                            at.space == Space::Global);
       std::memcpy(after + i * bytes, &next, static_cast<size_t>(bytes));
       if (detail.returns)
         std::memcpy(w.row<uint8_t>(results[i]) + lane * detail.register_bytes, &old, static_cast<size_t>(detail.register_bytes));
@@ -130,7 +145,7 @@ uint64_t reduce_element(BulkReduce op, Type type, uint64_t old, uint64_t value) 
   AtomicDetail detail;
   detail.op = kOps[static_cast<size_t>(op)];
   detail.type = type;
-  return combine_element(detail, old, value, 0);
+  return combine_element(detail, old, value, 0, true);
 }
 
 namespace {
@@ -138,6 +153,21 @@ namespace {
 Op take_op(Decoder& d) {
   static constexpr Op kOps[] = {Op::And, Op::Or, Op::Xor, Op::Add, Op::Inc, Op::Dec, Op::Min, Op::Max, Op::Exch, Op::Cas};
   return kOps[d.take_one({"and", "or", "xor", "add", "inc", "dec", "min", "max", "exch", "cas"})];
+}
+
+// The types of an operation; vectors are of floats, in global memory.
+bool is_type_of(Op op, Type type, bool vector) {
+  const bool half = type == Type::F16 || type == Type::BF16 || type == Type::F16x2 || type == Type::BF16x2;
+  if (vector) return half ? op == Op::Add || op == Op::Min || op == Op::Max : type == Type::F32 && op == Op::Add;
+  switch (op) {
+    case Op::And: case Op::Or: case Op::Xor: case Op::Exch: return type == Type::B32 || type == Type::B64;
+    case Op::Cas: return type == Type::B16 || type == Type::B32 || type == Type::B64;
+    case Op::Inc: case Op::Dec: return type == Type::U32;
+    case Op::Min: case Op::Max: return type == Type::U32 || type == Type::S32 || type == Type::U64 || type == Type::S64;
+    case Op::Add:
+      return half || type == Type::U32 || type == Type::S32 || type == Type::U64 || type == Type::F32 || type == Type::F64;
+  }
+  return false;
 }
 
 void decode_atomic(Decoder& d, bool returns) {
@@ -149,16 +179,18 @@ void decode_atomic(Decoder& d, bool returns) {
     default: d.inst.space = Space::Shared; break;
   }
   detail.releases = d.take_one({"release", "acq_rel", "relaxed", "acquire"}, 3) < 2;
-  d.ignore({"cta", "cluster", "gpu", "sys", "noftz"});
+  d.ignore({"cta", "cluster", "gpu", "sys"});
   const bool hint = d.take("L2::cache_hint");
   static constexpr int kCounts[] = {2, 4, 8, 1};
   detail.elements = kCounts[d.take_one({"v2", "v4", "v8"}, 3)];
   detail.op = take_op(d);
   detail.type = d.take_type();
   const int bytes = bytes_of(detail.type);
-  if (bytes < 2 || bytes > 8) d.refuse(std::string("type .") + name_of(detail.type) + " is not supported");
-  const bool is_extreme = detail.op == Op::Min || detail.op == Op::Max;
-  if (is_extreme && (detail.type == Type::F32 || detail.type == Type::F64)) d.refuse("of floats only halves have min and max");
+  const bool vector = detail.elements > 1;
+  if (!is_type_of(detail.op, detail.type, vector)) d.refuse(std::string("type .") + name_of(detail.type) + " is not supported");
+  if (vector && (d.inst.space == Space::Shared || bytes * detail.elements > 16)) d.refuse("this vector is not supported");
+  if (!returns && (detail.op == Op::Exch || detail.op == Op::Cas)) d.refuse("an operation without effect but its result");
+  if (is_float(detail.type) && detail.type != Type::F32 && detail.type != Type::F64) d.take_one({"noftz"});
   const size_t sources = detail.op == Op::Cas ? 2 : 1;
   d.need_args(returns + 1 + sources + hint, returns + 1 + sources + hint);
   d.inst.o[0] = d.address(d.arg(returns ? 1 : 0));

@@ -16,27 +16,28 @@ struct BarrierDetail : Detail {
 constexpr uint32_t kClusterBarrier = 1000;  // beside the 16 of a block
 
 // Gives the waiting lanes the result of a reduction.
-void set_result(Warp& w, const Inst& inst, const Barrier& b, Action action, Mask lanes) {
+void set_result(const BarrierWait& wait, const Barrier& b, Action action) {
+  const Operand o = wait.inst->o[2];
+  uint8_t* row = wait.frame->registers + o.at;
   if (action == Action::RedPopc) {
-    uint32_t* d = w.row<uint32_t>(inst.o[2]);
-    each_lane(lanes, [&](int lane) { d[lane] = b.reduce_count; });
+    auto* d = reinterpret_cast<uint32_t*>(row);
+    each_lane(wait.lanes, [&](int lane) { d[lane] = b.reduce_count; });
   } else {
     const bool value = action == Action::RedAnd ? b.reduce_and : b.reduce_or;
-    Mask& d = w.predicate(inst.o[2]);
-    d = (d & ~lanes) | (value ? lanes : 0);
+    Mask& d = *reinterpret_cast<Mask*>(row);
+    d = (d & ~wait.lanes) | (value ? wait.lanes : 0);
   }
-  w.define(inst.o[2], lanes, kAllLanes, inst);
+  wait.frame->defined[o.row] |= wait.lanes;
 }
 
 void complete(Barrier& b, uint32_t id) {
   const Barrier done = b;
   b = Barrier();
-  for (Warp* w : done.warps) join(w->seen, done.clocks);
-  for (const auto& [w, inst] : done.waiting) {
-    const auto action = static_cast<const BarrierDetail&>(*inst->detail).action;
-    join(w->seen, done.clocks);
-    if (action >= Action::RedPopc) set_result(*w, *inst, done, action, w->live);
-    w->release(id);
+  for (const BarrierWait& wait : done.waiting) {
+    const auto action = static_cast<const BarrierDetail&>(*wait.inst->detail).action;
+    join(wait.warp->seen, done.clocks);
+    if (action >= Action::RedPopc) set_result(wait, done, action);
+    wait.warp->release(id);
   }
 }
 
@@ -47,6 +48,15 @@ void arrive(Warp& w, Barrier& b, uint32_t expected, uint32_t threads) {
   b.arrived += threads;
   w.tick();
   join(b.clocks, w.seen);
+}
+
+// A warp counts whole when all lanes that it still has are there, before that lane by lane.
+uint32_t threads_of(Warp& w, Barrier& b, Mask lanes) {
+  Mask& there = b.lanes[&w];
+  const Mask before = there;
+  there |= lanes;
+  if ((there & w.live) != w.live) return static_cast<uint32_t>(__builtin_popcount(lanes));
+  return kLanes - static_cast<uint32_t>(__builtin_popcount(before));
 }
 
 // o: barrier, count, result, predicate
@@ -86,11 +96,9 @@ void run_barrier(Warp& w, const Inst& inst, Mask lanes) {
     b.reduce_or |= yes != 0;
     b.reduce_count += static_cast<uint32_t>(__builtin_popcount(yes));
   }
-  // Aligned, a warp counts whole; else its lanes may come one after another.
-  const auto threads = detail.aligned || lanes == w.live ? uint32_t{kLanes} : static_cast<uint32_t>(__builtin_popcount(lanes));
-  arrive(w, b, expected, threads);
+  arrive(w, b, expected, detail.aligned ? uint32_t{kLanes} : threads_of(w, b, lanes));
   if (waits) {
-    b.waiting.emplace_back(&w, &inst);
+    b.waiting.push_back({&w, &inst, w.frame, lanes});
     w.suspend(Wait::Barrier, id);
   } else {
     w.tick();
@@ -111,6 +119,7 @@ void decode_block_barrier(Decoder& d, bool aligned) {
     static constexpr Action kReductions[] = {Action::RedPopc, Action::RedAnd, Action::RedOr};
     detail.action = kReductions[d.take_one({"popc", "and", "or"})];
     const Type type = d.take_type();
+    if (type != (detail.action == Action::RedPopc ? Type::U32 : Type::Pred)) d.refuse("gives a count of .u32 or a predicate");
     d.need_args(3, 4);
     d.inst.o[2] = d.dst(d.arg(at++), type);
     d.inst.o[0] = d.src(d.arg(at++), Type::U32);
@@ -184,7 +193,15 @@ void decode_fence(Decoder& d) {
     d.need_args(0, 2);  // of an address and a size, for tensormap::generic
     return;
   }
-  d.ignore({"mbarrier_init", "sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl"});
+  d.need_args(0, 0);
+  if (d.name() == "membar") {
+    d.take_one({"cta", "gl", "sys"});
+    return;
+  }
+  const bool of_barriers = d.take("mbarrier_init");
+  d.ignore({"sc", "acq_rel", "acquire", "release", "sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
+  d.take_one({"cta", "cluster", "gpu", "sys"});
+  if (of_barriers) d.inst.run = &run_fence;
 }
 
 }  // namespace

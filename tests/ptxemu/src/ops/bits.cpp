@@ -110,6 +110,15 @@ template <bool kWrap> uint32_t mask_of_bits(uint32_t position, uint32_t length) 
   return static_cast<uint32_t>(((n >= 32 ? 0xffffffffull : (1ull << n) - 1)) << p);
 }
 
+// ---- types
+
+bool is_bits(Type type) { return type == Type::B16 || type == Type::B32 || type == Type::B64; }
+Type take_bits(Decoder& d) {
+  const Type type = d.take_type();
+  if (!is_bits(type)) d.refuse(std::string("type .") + name_of(type) + " is not supported, only bits are");
+  return type;
+}
+
 // ---- predicates
 
 enum class Logic { And, Or, Xor, Not };
@@ -128,7 +137,7 @@ void run_predicates(Warp& w, const Inst& inst, Mask lanes) {
 
 template <Logic kLogic>
 void decode_logic(Decoder& d) {
-  const Type type = d.take_type();
+  const Type type = d.peek_type() == Type::Pred ? d.take_type() : take_bits(d);
   d.inst.counted = Class::Int;
   same_type_operands(d, type, kLogic == Logic::Not ? 1 : 2);
   d.inst.in_halves = true;
@@ -146,28 +155,31 @@ void decode_logic(Decoder& d) {
 }
 
 void decode_cnot(Decoder& d) {
-  const Type type = d.take_type();
+  const Type type = take_bits(d);
   same_type_operands(d, type, 1);
   d.inst.counted = Class::Int;
   d.inst.run = PTXEMU_BY_BITS(d, type, logical_not);
 }
 
 void decode_shift(Decoder& d) {
-  const Type type = d.take_type();
+  const bool left = d.name() == "shl";
+  const Type type = left ? take_bits(d) : d.take_type();
+  if (is_float(type) || type == Type::Pred) d.refuse("needs bits or integers");
   d.inst.counted = Class::Int;
   d.need_args(3, 3);
   d.inst.o[0] = d.dst(d.arg(0), type);
   d.inst.o[1] = d.src(d.arg(1), type);
   d.inst.o[2] = d.src(d.arg(2), Type::U32);
-  if (d.name() == "shl") d.inst.run = PTXEMU_BY_BITS(d, type, shift_left);
+  if (left) d.inst.run = PTXEMU_BY_BITS(d, type, shift_left);
   else if (is_signed(type)) d.inst.run = PTXEMU_BY_INTEGER(d, type, shift_right);
   else d.inst.run = PTXEMU_BY_BITS(d, type, shift_right);
 }
 
 // One source of 32 or 64 bits, a result of 32.
 void decode_count(Decoder& d) {
-  const bool shift = d.take("shiftamt");
-  const Type type = d.take_type();
+  const bool find = d.name() == "bfind", shift = find && d.take("shiftamt");
+  const Type type = find ? d.take_type() : take_bits(d);
+  if (find && (is_bits(type) || is_float(type))) d.refuse("needs integers");
   d.inst.counted = Class::Int;
   d.need_args(2, 2);
   d.inst.o[0] = d.dst(d.arg(0), Type::U32);
@@ -188,7 +200,7 @@ void decode_count(Decoder& d) {
 }
 
 void decode_brev(Decoder& d) {
-  const Type type = d.take_type();
+  const Type type = take_bits(d);
   d.inst.counted = Class::Int;
   same_type_operands(d, type, 1);
   if (bits_of(type) == 32) d.inst.run = &Lanewise<&reversed<uint32_t>>::run;

@@ -92,6 +92,18 @@ Compare take_compare(Decoder& d) {
                             "lo", "ls", "hi", "hs"})];
 }
 
+// Bits are equal or not; .lo .ls .hi .hs are of unsigned integers, those with u and num and nan of floats.
+void check_compare(Decoder& d, Compare compare, Type type, bool ftz) {
+  const bool bits = type == Type::B16 || type == Type::B32 || type == Type::B64;
+  bool named_unsigned = false;
+  for (const std::string& word : d.words()) named_unsigned |= word == "lo" || word == "ls" || word == "hi" || word == "hs";
+  const bool of_floats = compare >= Compare::Equ;
+  if ((bits && compare > Compare::Ne) || (of_floats && !is_float(type)) ||
+      (named_unsigned && (bits || is_signed(type) || is_float(type))))
+    d.refuse(std::string("this comparison is not for .") + name_of(type));
+  if (ftz && type != Type::F32 && type != Type::F16 && type != Type::F16x2) d.refuse(".ftz is for .f32 and .f16");
+}
+
 Mask combined(const SetDetail& detail, Mask value, Mask other) {
   if (detail.negated) other = ~other;
   switch (detail.combine) {
@@ -121,32 +133,45 @@ void run_setp(Warp& w, const Inst& inst, Mask lanes) {
 }
 
 // The halves of packed operands, compared one by one: p|q get the results of the low and the high half.
-template <Compare kCompare, bool kBf16, int kHalf>
+template <bool (*F)(uint16_t, uint16_t), int kHalf>
 bool holds_half(uint32_t a, uint32_t b) {
-  const auto x = static_cast<uint16_t>(a >> 16 * kHalf), y = static_cast<uint16_t>(b >> 16 * kHalf);
-  return kBf16 ? holds_bf16<kCompare>(x, y) : holds_f16<kCompare>(x, y);
+  return F(static_cast<uint16_t>(a >> 16 * kHalf), static_cast<uint16_t>(b >> 16 * kHalf));
+}
+template <bool (*F)(uint16_t, uint16_t)>
+void both_halves(SetDetail& detail) {
+  detail.test[0] = &LanewiseTest<&holds_half<F, 0>>::apply;
+  detail.test[1] = &LanewiseTest<&holds_half<F, 1>>::apply;
+}
+enum class Packed { F16, F16Ftz, BF16 };
+Packed packed_format(Decoder& d, Type type, bool ftz) {
+  if (type == Type::F16x2) return ftz ? Packed::F16Ftz : Packed::F16;
+  if (ftz) d.refuse(".ftz is not for .bf16x2");
+  return Packed::BF16;
 }
 template <Compare kCompare>
-void packed_tests(SetDetail& detail, bool bf16) {
-  detail.test[0] = bf16 ? &LanewiseTest<&holds_half<kCompare, true, 0>>::apply : &LanewiseTest<&holds_half<kCompare, false, 0>>::apply;
-  detail.test[1] = bf16 ? &LanewiseTest<&holds_half<kCompare, true, 1>>::apply : &LanewiseTest<&holds_half<kCompare, false, 1>>::apply;
+void packed_tests(SetDetail& detail, Packed format) {
+  switch (format) {
+    case Packed::F16: return both_halves<&holds_f16<kCompare>>(detail);
+    case Packed::F16Ftz: return both_halves<&holds_f16_ftz<kCompare>>(detail);
+    case Packed::BF16: return both_halves<&holds_bf16<kCompare>>(detail);
+  }
 }
-void choose_packed(Decoder& d, SetDetail& detail, Compare compare, bool bf16) {
+void choose_packed(Decoder& d, SetDetail& detail, Compare compare, Packed format) {
   switch (compare) {
-    case Compare::Eq: return packed_tests<Compare::Eq>(detail, bf16);
-    case Compare::Ne: return packed_tests<Compare::Ne>(detail, bf16);
-    case Compare::Lt: return packed_tests<Compare::Lt>(detail, bf16);
-    case Compare::Le: return packed_tests<Compare::Le>(detail, bf16);
-    case Compare::Gt: return packed_tests<Compare::Gt>(detail, bf16);
-    case Compare::Ge: return packed_tests<Compare::Ge>(detail, bf16);
-    case Compare::Equ: return packed_tests<Compare::Equ>(detail, bf16);
-    case Compare::Neu: return packed_tests<Compare::Neu>(detail, bf16);
-    case Compare::Ltu: return packed_tests<Compare::Ltu>(detail, bf16);
-    case Compare::Leu: return packed_tests<Compare::Leu>(detail, bf16);
-    case Compare::Gtu: return packed_tests<Compare::Gtu>(detail, bf16);
-    case Compare::Geu: return packed_tests<Compare::Geu>(detail, bf16);
-    case Compare::Num: return packed_tests<Compare::Num>(detail, bf16);
-    case Compare::Nan: return packed_tests<Compare::Nan>(detail, bf16);
+    case Compare::Eq: return packed_tests<Compare::Eq>(detail, format);
+    case Compare::Ne: return packed_tests<Compare::Ne>(detail, format);
+    case Compare::Lt: return packed_tests<Compare::Lt>(detail, format);
+    case Compare::Le: return packed_tests<Compare::Le>(detail, format);
+    case Compare::Gt: return packed_tests<Compare::Gt>(detail, format);
+    case Compare::Ge: return packed_tests<Compare::Ge>(detail, format);
+    case Compare::Equ: return packed_tests<Compare::Equ>(detail, format);
+    case Compare::Neu: return packed_tests<Compare::Neu>(detail, format);
+    case Compare::Ltu: return packed_tests<Compare::Ltu>(detail, format);
+    case Compare::Leu: return packed_tests<Compare::Leu>(detail, format);
+    case Compare::Gtu: return packed_tests<Compare::Gtu>(detail, format);
+    case Compare::Geu: return packed_tests<Compare::Geu>(detail, format);
+    case Compare::Num: return packed_tests<Compare::Num>(detail, format);
+    case Compare::Nan: return packed_tests<Compare::Nan>(detail, format);
   }
   d.refuse("comparison is not supported");
 }
@@ -176,10 +201,11 @@ void decode_setp(Decoder& d) {
   d.inst.o[3] = d.src(d.arg(2), type);
   if ((d.args() == 4) != (detail.combine != 0)) d.refuse("a third source goes with .and, .or, .xor");
   if (detail.combine) d.inst.o[4] = d.predicate(d.arg(3), detail.negated);
+  check_compare(d, compare, type, ftz);
   d.inst.counted = is_float(type) ? Class::Fp32 : Class::Int;
   if (type == Type::F16x2 || type == Type::BF16x2) {
     if (!pair) d.refuse("packed comparison needs p|q");
-    choose_packed(d, detail, compare, type == Type::BF16x2);
+    choose_packed(d, detail, compare, packed_format(d, type, ftz));
     d.inst.run = &run_setp_packed;
     return;
   }
@@ -223,9 +249,10 @@ void decode_set(Decoder& d) {
   d.inst.o[3] = d.src(d.arg(2), type);
   if ((d.args() == 4) != (detail.combine != 0)) d.refuse("a third source goes with .and, .or, .xor");
   if (detail.combine) d.inst.o[4] = d.predicate(d.arg(3), detail.negated);
+  check_compare(d, compare, type, ftz);
   d.inst.counted = is_float(type) ? Class::Fp32 : Class::Int;
   if (type == Type::F16x2 || type == Type::BF16x2) {
-    choose_packed(d, detail, compare, type == Type::BF16x2);
+    choose_packed(d, detail, compare, packed_format(d, type, ftz));
     d.inst.imm = to == Type::F16x2 ? 0x3c00 : to == Type::BF16x2 ? 0x3f80 : 0xffff;
     if (detail.combine) d.refuse("packed comparison with a combined predicate");
     d.inst.run = &run_set_packed;
@@ -281,9 +308,10 @@ void decode_selp(Decoder& d) {
 
 template <class T> T select_by_sign(T a, T b, int32_t c) { return c >= 0 ? a : b; }
 template <class T> T select_by_float(T a, T b, float c) { return c >= 0 ? a : b; }
+template <class T> T select_by_flushed(T a, T b, float c) { return flush(c) >= 0 ? a : b; }
 
 void decode_slct(Decoder& d) {
-  d.take("ftz");  // the sign of a denormal is that of its zero
+  const bool ftz = d.take("ftz");
   const Type type = d.take_type(), by = d.take_type();
   d.need_args(4, 4);
   d.inst.o[0] = d.dst(d.arg(0), type);
@@ -291,8 +319,9 @@ void decode_slct(Decoder& d) {
   d.inst.o[2] = d.src(d.arg(2), type);
   d.inst.o[3] = d.src(d.arg(3), by);
   d.inst.counted = Class::Int;
+  if (ftz && by != Type::F32) d.refuse(".ftz is for .f32");
   if (by == Type::S32) d.inst.run = PTXEMU_BY_BITS(d, type, select_by_sign);
-  else if (by == Type::F32) d.inst.run = PTXEMU_BY_BITS(d, type, select_by_float);
+  else if (by == Type::F32) d.inst.run = ftz ? PTXEMU_BY_BITS(d, type, select_by_flushed) : PTXEMU_BY_BITS(d, type, select_by_float);
   else d.refuse("selects by .s32 or .f32");
 }
 

@@ -29,9 +29,31 @@ void copy_place(Frame& from, const Place& source, Frame& to, const Place& target
 
 }  // namespace
 
-void pass_arguments(Warp&, const Inst& inst, Frame& caller, Frame& callee, Mask lanes) {
+// Nothing is left of an earlier call from the same place.
+void forget_call(Warp& w, Frame& callee, Mask lanes) {
+  const Function& function = *callee.function;
+  for (uint32_t row = 0; row < function.register_rows; ++row) {
+    callee.defined[row] &= ~lanes;
+    callee.origin[row] = -1;
+  }
+  each_lane(lanes, [&](int lane) {
+    std::fill(callee.params_defined[lane].begin(), callee.params_defined[lane].end(), uint8_t{0});
+    if (function.local_bytes)
+      std::fill_n(w.local_defined[lane].begin() + static_cast<ptrdiff_t>(callee.local_base), function.local_bytes, uint8_t{0});
+  });
+}
+
+void pass_arguments(Warp& w, const Inst& inst, Frame& caller, Frame& callee, Mask lanes) {
+  forget_call(w, callee, lanes);
   for (const auto& [source, target] : static_cast<const CallDetail&>(*inst.detail).arguments)
     copy_place(caller, source, callee, target, lanes);
+  for (const auto& [parameter, copy] : callee.function->parameters_in_local)
+    each_lane(lanes, [&, from = parameter.address, bytes = parameter.bytes, to = callee.local_base + copy.address](int lane) {
+      std::copy_n(callee.params[lane].begin() + static_cast<ptrdiff_t>(from), bytes,
+                  w.local[lane].begin() + static_cast<ptrdiff_t>(to));
+      std::copy_n(callee.params_defined[lane].begin() + static_cast<ptrdiff_t>(from), bytes,
+                  w.local_defined[lane].begin() + static_cast<ptrdiff_t>(to));
+    });
 }
 
 void pass_results(const Inst& call, Frame& caller, Frame& callee, Mask lanes) {
@@ -70,12 +92,14 @@ void decode_brx(Decoder& d) {
 
 void decode_ret(Decoder& d) {
   d.take("uni");
+  d.need_args(0, 0);
   d.inst.flow = Flow::Return;
   d.inst.counted = Class::Branch;
   d.inst.run = &no_handler;
 }
 
 void decode_exit(Decoder& d) {
+  d.need_args(0, 0);
   d.inst.flow = Flow::Exit;
   d.inst.counted = Class::Branch;
   d.inst.run = &no_handler;
@@ -87,8 +111,15 @@ void run_trap(Warp& w, const Inst& inst, Mask lanes) {
   w.give_up_turn = true;
 }
 
-void decode_trap(Decoder& d) { d.inst.run = &run_trap; }
-void decode_nop(Decoder& d) { d.inst.run = &no_handler; }
+void decode_trap(Decoder& d) {
+  d.need_args(0, 0);
+  d.inst.run = &run_trap;
+}
+
+void decode_breakpoint(Decoder& d) {
+  d.need_args(0, 0);
+  d.inst.run = &no_handler;
+}
 
 // ---- calls into the run time: printf and assert
 
@@ -227,7 +258,7 @@ void decode_call(Decoder& d) {
 
 const std::vector<Opcode> kControlOpcodes = {
     {"bra", decode_bra},   {"brx.idx", decode_brx}, {"call", decode_call},  {"ret", decode_ret},
-    {"exit", decode_exit}, {"trap", decode_trap},   {"brkpt", decode_nop},  {"nop", decode_nop},
+    {"exit", decode_exit}, {"trap", decode_trap},   {"brkpt", decode_breakpoint},
 };
 
 }  // namespace ptxemu

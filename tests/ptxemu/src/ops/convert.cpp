@@ -72,9 +72,9 @@ uint64_t largest_integer(Type type) {
   return bits == 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
 }
 
-// Out of range becomes the nearest end of the range, NaN becomes 0.
-uint64_t float_to_integer(double v, Type type) {
-  if (v != v) return 0;
+// Out of range becomes the nearest end of the range. NaN becomes 0, from .f64 or to 64 bits the top bit alone.
+uint64_t float_to_integer(double v, Type type, Type from) {
+  if (v != v) return from == Type::F64 || bits_of(type) == 64 ? uint64_t{1} << (bits_of(type) - 1) : 0;
   const int bits = bits_of(type) - (is_signed(type) ? 1 : 0);
   if (v >= std::ldexp(1.0, bits)) return largest_integer(type);
   if (is_signed(type)) {
@@ -112,8 +112,9 @@ double integer_to_double(uint64_t value, Type from) {
 
 uint64_t convert_one(const Conversion& c, uint64_t bits) {
   if (!is_float(c.from)) {
-    const uint64_t value = extended(bits, c.from);
+    uint64_t value = extended(bits, c.from);
     if (!is_float(c.to)) return c.sat ? saturate_integer(value, c.from, c.to) : value;
+    if (c.sat) value = value == 0 || (is_signed(c.from) && static_cast<int64_t>(value) < 0) ? 0 : 1;
     if (c.to == Type::F64) {
       // Rounded to 53 bits here, in the mode asked for.
       const bool negative = is_signed(c.from) && static_cast<int64_t>(value) < 0;
@@ -130,7 +131,7 @@ uint64_t convert_one(const Conversion& c, uint64_t bits) {
   }
   double v = decode_value(c.from, bits);
   if (c.ftz && c.from == Type::F32) v = flush(static_cast<float>(v));
-  if (!is_float(c.to)) return float_to_integer(to_integral(v, c.int_round), c.to);
+  if (!is_float(c.to)) return float_to_integer(to_integral(v, c.int_round), c.to, c.from);
   v = to_integral(v, c.int_round);
   if (c.sat) v = v > 0 ? (v < 1 ? v : 1.0) : 0.0;
   if (c.relu) v = v > 0 ? v : v != v ? v : 0.0;
@@ -223,6 +224,36 @@ Handler fast_path(const Conversion& c) {
   return nullptr;
 }
 
+int rank(Type type) { return type == Type::BF16 ? 16 : bits_of(type); }
+
+// Where a rounding has to be named, and where it must not be.
+void check_rounding(Decoder& d, const Conversion& c, bool to_float, bool to_integer) {
+  const bool from_float = is_float(c.from), into_float = is_float(c.to);
+  if (from_float && !into_float) {
+    if (!to_integer) d.refuse("needs a rounding to an integer");
+  } else if (from_float && c.to == c.from) {
+    if (to_float) d.refuse("has nothing to round to the format");
+  } else if (to_integer) {
+    d.refuse("a rounding to an integer");
+  } else if (into_float && (!from_float || rank(c.to) < rank(c.from) || c.to == Type::TF32)) {
+    if (!to_float) d.refuse("needs a rounding");
+  } else if (to_float && !(into_float && rank(c.to) == rank(c.from))) {
+    d.refuse("has nothing to round");
+  }
+  if (c.round == Round::NearestAway && c.to != Type::TF32) d.refuse(".rna is for .tf32");
+}
+
+void check_modifiers(Decoder& d, const Conversion& c, Type to_element) {
+  const Type to = to_element == Type::None ? c.to : to_element;
+  const bool is_byte = to == Type::E4M3 || to == Type::E5M2;
+  const bool is_short = to == Type::F16 || to == Type::BF16 || to == Type::TF32 || is_byte;
+  if (is_byte && !c.satfinite) d.refuse("needs .satfinite");
+  if ((c.relu || c.satfinite) && !is_short) d.refuse(".relu and .satfinite are for short formats");
+  if ((to == Type::TF32 || to_element != Type::None || c.relu || c.satfinite) && (c.round == Round::Down || c.round == Round::Up))
+    d.refuse("needs .rn or .rz");
+  if (c.ftz && c.to != Type::F32 && c.from != Type::F32) d.refuse(".ftz is for .f32");
+}
+
 void decode_cvt(Decoder& d) {
   auto& c = d.detail<Conversion>();
   const int round = d.take_one({"rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi"}, 9);
@@ -238,8 +269,10 @@ void decode_cvt(Decoder& d) {
   c.from = d.take_type();
   d.inst.counted = Class::Convert;
   const Type to_element = element_of(c.to), from_element = element_of(c.from);
+  check_modifiers(d, c, to_element);
   d.need_args(2, 3);
   if (to_element != Type::None) {
+    if (round > 1) d.refuse("needs .rn or .rz");
     d.inst.o[0] = d.dst(d.arg(0), c.to);
     c.to_bytes = bytes_of(c.to);
     c.to = to_element;
@@ -267,7 +300,7 @@ void decode_cvt(Decoder& d) {
   d.need_args(2, 2);
   d.inst.o[0] = d.wide_dst(d.arg(0), c.to, c.to_bytes);
   d.inst.o[1] = d.wide_src(d.arg(1), c.from, c.from_bytes);
-  if (is_float(c.from) && !is_float(c.to) && c.int_round == IntRound::None) d.refuse("needs a rounding to an integer");
+  check_rounding(d, c, round < 5, round >= 5 && round < 9);
   const Handler fast = fast_path(c);
   d.inst.run = fast ? fast : &run_general;
 }

@@ -36,14 +36,22 @@ template <class T> T maximum(T a, T b) {
   if (b != b) return a;
   return a > b || (a == b && std::signbit(b)) ? a : b;
 }
-template <class T> T minimum_nan(T a, T b) { return a != a || b != b ? std::numeric_limits<T>::quiet_NaN() : minimum(a, b); }
-template <class T> T maximum_nan(T a, T b) { return a != a || b != b ? std::numeric_limits<T>::quiet_NaN() : maximum(a, b); }
+template <class T> T canonical_nan() {
+  if constexpr (sizeof(T) == 4) return bit_cast<float>(0x7fffffffu);
+  else return std::numeric_limits<T>::quiet_NaN();
+}
+template <class T> T minimum_nan(T a, T b) { return a != a || b != b ? canonical_nan<T>() : minimum(a, b); }
+template <class T> T maximum_nan(T a, T b) { return a != a || b != b ? canonical_nan<T>() : maximum(a, b); }
 template <class T> T minimum3(T a, T b, T c) { return minimum(minimum(a, b), c); }
 template <class T> T maximum3(T a, T b, T c) { return maximum(maximum(a, b), c); }
 template <class T> T minimum3_nan(T a, T b, T c) { return minimum_nan(minimum_nan(a, b), c); }
 template <class T> T maximum3_nan(T a, T b, T c) { return maximum_nan(maximum_nan(a, b), c); }
-template <class T> T minimum_xor(T a, T b) { return std::copysign(minimum(std::fabs(a), std::fabs(b)), bit_cast<float>(bit_cast<uint32_t>(a) ^ bit_cast<uint32_t>(b))); }
-template <class T> T maximum_xor(T a, T b) { return std::copysign(maximum(std::fabs(a), std::fabs(b)), bit_cast<float>(bit_cast<uint32_t>(a) ^ bit_cast<uint32_t>(b))); }
+// .xorsign.abs: F of the magnitudes, with the sign of the product.
+template <float (*F)(float, float)>
+float with_xor_sign(float a, float b) {
+  const float v = F(std::fabs(a), std::fabs(b));
+  return v != v ? v : std::copysign(v, bit_cast<float>(bit_cast<uint32_t>(a) ^ bit_cast<uint32_t>(b)));
+}
 
 // ---- approximations: here the rounded exact value, which lies within the error that PTX allows (2 ulp for ex2,
 // 1 for rcp, 2 for rsqrt and division, 2^-20.5 .. 2^-22 absolute for sin, cos and lg2, 2^-11 relative for tanh).
@@ -83,8 +91,9 @@ float div_approx(float a, float b) {
 // Of doubles only the upper half is computed, and denormals are zeros.
 double upper_half(double v) { return bit_cast<double>(bit_cast<uint64_t>(v) & 0xffffffff00000000u); }
 double flush_double(double v) { return bit_cast<uint64_t>(v) & 0x7ff0000000000000u ? v : std::copysign(0.0, v); }
-double reciprocal_upper(double a) { return upper_half(flush_double(1.0 / flush_double(upper_half(a)))); }
-double rsqrt_upper(double a) { return upper_half(1.0 / std::sqrt(flush_double(upper_half(a)))); }
+double canonical_upper(double v) { return v != v ? bit_cast<double>(uint64_t{0x7fffffff00000000u}) : upper_half(v); }
+double reciprocal_upper(double a) { return canonical_upper(flush_double(1.0 / flush_double(upper_half(a)))); }
+double rsqrt_upper(double a) { return canonical_upper(1.0 / std::sqrt(flush_double(upper_half(a)))); }
 double rsqrt_double(double a) { return 1.0 / std::sqrt(a); }
 
 float saturated(float v) { return v > 0 ? (v < 1 ? v : 1.0f) : 0.0f; }  // NaN too becomes 0
@@ -130,7 +139,8 @@ Handler single(int mode, bool ftz, bool sat) {
   return sat ? rounded<&Variant<F, false, true>::apply>(mode) : rounded<F>(mode);
 }
 
-int take_rounding(Decoder& d) { return d.take_one({"rn", "rz", "rm", "rp"}, 0); }
+// To nearest where none is named and PTX allows that.
+int take_rounding(Decoder& d, bool mandatory = false) { return d.take_one({"rn", "rz", "rm", "rp"}, mandatory ? -1 : 0); }
 
 // ---- halves: each operation is done exactly enough in a wider type, and rounded once
 
@@ -162,13 +172,20 @@ struct Brain {
   static uint16_t flushed(uint16_t v) { return v & 0x7f80 ? v : v & 0x8000; }
 };
 
-enum class HalfOp { Add, Sub, Mul, Fma, Min, Max, MinNan, MaxNan, Abs, Neg, Exp2, Tanh };
+// ...Xor: .xorsign.abs
+enum class HalfOp { Add, Sub, Mul, Fma, Min, Max, MinNan, MaxNan, MinXor, MaxXor, MinNanXor, MaxNanXor, Abs, Neg, Exp2, Tanh };
 
 template <class F, HalfOp kOp, bool kFtz, bool kSat, bool kRelu>
 uint16_t half_op(uint16_t a, uint16_t b, uint16_t c) {
+  if (kFtz) a = F::flushed(a), b = F::flushed(b), c = F::flushed(c);
   if (kOp == HalfOp::Abs) return a & 0x7fff;
   if (kOp == HalfOp::Neg) return a ^ 0x8000;
-  if (kFtz) a = F::flushed(a), b = F::flushed(b), c = F::flushed(c);
+  if (kOp >= HalfOp::MinXor && kOp <= HalfOp::MaxNanXor) {
+    constexpr auto kPlain = static_cast<HalfOp>(static_cast<int>(kOp) - 4);
+    const uint16_t size = half_op<F, kOp >= HalfOp::MinXor && kOp <= HalfOp::MaxNanXor ? kPlain : HalfOp::Min, kFtz, kSat, kRelu>(
+        a & 0x7fff, b & 0x7fff, 0);
+    return F::wide(size) != F::wide(size) ? size : size | ((a ^ b) & 0x8000);
+  }
   const double x = F::wide(a), y = F::wide(b), z = F::wide(c);
   double v = 0;
   switch (kOp) {
@@ -220,6 +237,10 @@ Handler choose_half(Decoder& d, HalfOp op, bool packed, bool ftz, bool sat, bool
     case HalfOp::Max: return half_handler<F, HalfOp::Max>(packed, ftz, sat, relu);
     case HalfOp::MinNan: return half_handler<F, HalfOp::MinNan>(packed, ftz, sat, relu);
     case HalfOp::MaxNan: return half_handler<F, HalfOp::MaxNan>(packed, ftz, sat, relu);
+    case HalfOp::MinXor: return half_handler<F, HalfOp::MinXor>(packed, ftz, sat, relu);
+    case HalfOp::MaxXor: return half_handler<F, HalfOp::MaxXor>(packed, ftz, sat, relu);
+    case HalfOp::MinNanXor: return half_handler<F, HalfOp::MinNanXor>(packed, ftz, sat, relu);
+    case HalfOp::MaxNanXor: return half_handler<F, HalfOp::MaxNanXor>(packed, ftz, sat, relu);
     case HalfOp::Abs: return half_handler<F, HalfOp::Abs>(packed, ftz, sat, relu);
     case HalfOp::Neg: return half_handler<F, HalfOp::Neg>(packed, ftz, sat, relu);
     case HalfOp::Exp2: return half_handler<F, HalfOp::Exp2>(packed, ftz, sat, relu);
@@ -228,20 +249,35 @@ Handler choose_half(Decoder& d, HalfOp op, bool packed, bool ftz, bool sat, bool
   d.refuse("is not supported");
 }
 
+// Which modifiers an operation has: .approx or a rounding that is mandatory, .sat, .ftz.
+void check_half_modifiers(Decoder& d, HalfOp op, bool brain, bool ftz, bool sat, bool relu) {
+  const bool is_sum = op == HalfOp::Add || op == HalfOp::Sub || op == HalfOp::Mul || op == HalfOp::Fma;
+  const bool is_approximate = op == HalfOp::Exp2 || op == HalfOp::Tanh;
+  if (is_approximate) d.take_one({"approx"});
+  if (op == HalfOp::Fma) d.take_one({"rn"});
+  if (is_sum) d.take("rn");
+  if (sat && (!is_sum || brain)) d.refuse("modifier .sat is not supported");
+  if (relu && (op != HalfOp::Fma || sat)) d.refuse("modifier .relu is not supported");
+  if (op == HalfOp::Exp2 ? ftz != brain : ftz && (brain || op == HalfOp::Tanh))
+    d.refuse(ftz ? "modifier .ftz is not supported" : "needs .ftz");
+}
+
 void decode_half(Decoder& d, Type type, HalfOp op, size_t sources) {
   const bool is_nan = d.take("NaN");
-  d.ignore({"rn", "noftz", "approx"});
-  const bool ftz = d.take("ftz"), sat = d.take("sat"), relu = d.take("relu");
-  if (is_nan) {
-    if (op != HalfOp::Min && op != HalfOp::Max) d.refuse(".NaN is for min and max");
-    op = op == HalfOp::Min ? HalfOp::MinNan : HalfOp::MaxNan;
+  const bool ftz = d.take("ftz"), sat = d.take("sat"), relu = d.take("relu"), xor_sign = d.take("xorsign");
+  if (is_nan || xor_sign) {
+    if (op != HalfOp::Min && op != HalfOp::Max) d.refuse(".NaN and .xorsign are for min and max");
+    if (xor_sign) d.take_one({"abs"});
+    const int plain = static_cast<int>(op) + (is_nan ? 2 : 0) + (xor_sign ? 4 : 0);
+    op = static_cast<HalfOp>(plain);
   }
+  const bool packed = type == Type::F16x2 || type == Type::BF16x2;
+  const bool brain = type == Type::BF16 || type == Type::BF16x2;
+  check_half_modifiers(d, op, brain, ftz, sat, relu);
   same_type_operands(d, type, sources);
   for (size_t i = sources + 1; i <= 3; ++i) d.inst.o[i] = d.inst.o[1];
   d.inst.counted = op == HalfOp::Exp2 || op == HalfOp::Tanh ? Class::Mufu : Class::Half;
-  const bool packed = type == Type::F16x2 || type == Type::BF16x2;
   d.inst.in_halves = packed;
-  const bool brain = type == Type::BF16 || type == Type::BF16x2;
   d.inst.run = brain ? choose_half<Brain>(d, op, packed, ftz, sat, relu) : choose_half<Half>(d, op, packed, ftz, sat, relu);
 }
 
@@ -263,7 +299,7 @@ Handler pairwise(int mode, bool ftz) {
 }
 
 void decode_pairs(Decoder& d, const std::string& name) {
-  const int mode = take_rounding(d);
+  const int mode = take_rounding(d, name == "fma");
   const bool ftz = d.take("ftz");
   d.take_type();
   same_type_operands(d, Type::B64, name == "fma" ? 3 : 2);
@@ -285,7 +321,7 @@ template <class F> float fma_mixed(uint16_t a, uint16_t b, float c) {
 }
 
 void decode_mixed(Decoder& d, const std::string& name, Type narrow) {
-  const int mode = take_rounding(d);
+  const int mode = take_rounding(d, name == "fma");
   d.take_type();
   d.take_type();
   const bool fma = name == "fma";
@@ -328,8 +364,8 @@ void decode_arithmetic(Decoder& d) {
   const Type second = second_type(d.words());
   if (type == Type::F32 && is_half(second)) return decode_mixed(d, name, second);
   const int how = name == "div" ? d.take_one({"approx", "full"}, 2) : 2;
-  const int mode = take_rounding(d);
-  const bool ftz = d.take("ftz"), sat = d.take("sat");
+  const int mode = how == 2 ? take_rounding(d, name == "fma" || name == "div") : 0;
+  const bool ftz = d.take("ftz"), sat = name != "div" && d.take("sat");
   d.take_type();
   same_type_operands(d, type, sources);
   if (type == Type::F64) {
@@ -374,8 +410,9 @@ void decode_extreme(Decoder& d) {
   }
   d.inst.counted = Class::Fp32;
   if (xor_sign) {
-    if (sources == 3 || nan) d.refuse(".xorsign.abs with three operands or .NaN is not supported");
-    d.inst.run = is_min ? single<&minimum_xor<float>>(0, ftz, false) : single<&maximum_xor<float>>(0, ftz, false);
+    if (sources == 3) d.refuse(".xorsign.abs with three operands is not supported");
+    if (nan) d.inst.run = is_min ? single<&with_xor_sign<minimum_nan>>(0, ftz, false) : single<&with_xor_sign<maximum_nan>>(0, ftz, false);
+    else d.inst.run = is_min ? single<&with_xor_sign<minimum>>(0, ftz, false) : single<&with_xor_sign<maximum>>(0, ftz, false);
   } else if (sources == 3) {
     if (nan) d.inst.run = is_min ? single<&minimum3_nan<float>>(0, ftz, false) : single<&maximum3_nan<float>>(0, ftz, false);
     else d.inst.run = is_min ? single<&minimum3<float>>(0, ftz, false) : single<&maximum3<float>>(0, ftz, false);
@@ -394,9 +431,10 @@ void decode_sign(Decoder& d) {
     d.take_type();
     return decode_half(d, type, is_abs ? HalfOp::Abs : HalfOp::Neg, 1);
   }
-  const bool ftz = d.take("ftz");
+  const bool ftz = type == Type::F32 && d.take("ftz");
   d.take_type();
   same_type_operands(d, type, 1);
+  if (type != Type::F32 && type != Type::F64) d.refuse("is not supported");
   d.inst.counted = type == Type::F64 ? Class::Fp64 : Class::Fp32;
   if (type == Type::F64) d.inst.run = is_abs ? &Lanewise<&absolute<double>>::run : &Lanewise<&negate<double>>::run;
   else d.inst.run = is_abs ? single<&absolute<float>>(0, ftz, false) : single<&negate<float>>(0, ftz, false);
@@ -414,16 +452,16 @@ void decode_copysign(Decoder& d) {
 // rcp, sqrt: rounded or approximate
 void decode_root(Decoder& d) {
   const bool approx = d.take("approx"), is_rcp = d.name() == "rcp";
-  const int mode = take_rounding(d);
+  const int mode = approx ? 0 : take_rounding(d, true);
   const bool ftz = d.take("ftz");
   const Type type = d.take_type();
   same_type_operands(d, type, 1);
   d.inst.counted = approx ? Class::Mufu : type == Type::F64 ? Class::Fp64 : Class::Fp32;
   if (type == Type::F32) {
     d.inst.run = is_rcp ? single<&reciprocal<float>>(mode, ftz, false) : single<&square_root<float>>(mode, ftz, false);
-  } else if (type == Type::F64 && approx && is_rcp) {
+  } else if (type == Type::F64 && approx && is_rcp && ftz) {
     d.inst.run = &Lanewise<&reciprocal_upper>::run;
-  } else if (type == Type::F64 && !approx) {
+  } else if (type == Type::F64 && !approx && !ftz) {
     d.inst.run = is_rcp ? rounded<&reciprocal<double>>(mode) : rounded<&square_root<double>>(mode);
   } else {
     d.refuse("is not supported");
@@ -440,7 +478,7 @@ void decode_approx(Decoder& d) {
     return decode_half(d, type, name == "ex2" ? HalfOp::Exp2 : HalfOp::Tanh, 1);
   }
   d.take_one({"approx"});
-  const bool ftz = d.take("ftz");
+  const bool ftz = name != "tanh" && d.take("ftz");
   d.take_type();
   same_type_operands(d, type, 1);
   d.inst.counted = Class::Mufu;
@@ -463,7 +501,7 @@ template <class T> bool is_finite(T a) { return std::isfinite(a); }
 template <class T> bool is_infinite(T a) { return std::isinf(a); }
 template <class T> bool is_number(T a) { return a == a; }
 template <class T> bool is_not_number(T a) { return a != a; }
-template <class T> bool is_normal(T a) { return std::isnormal(a); }
+template <class T> bool is_normal(T a) { return std::isnormal(a) || a == 0; }  // PTX counts zeros as normal
 template <class T> bool is_subnormal(T a) { return std::fpclassify(a) == FP_SUBNORMAL; }
 
 template <auto F>

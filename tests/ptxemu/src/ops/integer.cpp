@@ -154,6 +154,11 @@ namespace {
 
 // ---- sums with carry: the flag is kept in one more register of the warp's frame
 
+Operand carry_flag(Decoder& d) {
+  // One row for the flag in each function: a constant that nobody else has, of this odd value.
+  return d.constant(0xcccccccc00000000u, 8);
+}
+
 template <class T, bool kAdd, bool kCarryIn, bool kCarryOut>
 void run_carry(Warp& w, const Inst& inst, Mask lanes) {
   T* d = w.row<T>(inst.o[0]);
@@ -166,7 +171,46 @@ void run_carry(Warp& w, const Inst& inst, Mask lanes) {
     d[lane] = static_cast<T>(sum);
     if (kCarryOut) flag[lane] = static_cast<uint32_t>(sum >> (8 * sizeof(T))) & 1;  // of a difference: the borrow
   });
-  w.flow(inst.o[0], lanes, inst, inst.o[1], inst.o[2]);
+  w.flow(inst.o[0], lanes, inst, inst.o[1], inst.o[2], kCarryIn ? inst.o[3] : inst.o[2]);
+  if (kCarryOut) w.flow(inst.o[3], lanes, inst, inst.o[1], inst.o[2], kCarryIn ? inst.o[3] : inst.o[2]);
+}
+
+// Half of a product, plus c, plus the flag. o: d, a, b, c, flag
+template <class T, bool kHigh, bool kCarryIn, bool kCarryOut>
+void run_mad_carry(Warp& w, const Inst& inst, Mask lanes) {
+  using U = unsigned __int128;
+  T* d = w.row<T>(inst.o[0]);
+  const T *a = w.row<T>(inst.o[1]), *b = w.row<T>(inst.o[2]), *c = w.row<T>(inst.o[3]);
+  uint32_t* flag = w.row<uint32_t>(inst.o[4]);
+  each_lane(lanes, [&](int lane) {
+    const T part = kHigh ? mul_hi<T>(a[lane], b[lane]) : mul_lo<T>(a[lane], b[lane]);
+    using Bits = std::make_unsigned_t<T>;
+    const U sum = U{static_cast<Bits>(part)} + static_cast<Bits>(c[lane]) + (kCarryIn ? flag[lane] & 1 : 0);
+    d[lane] = static_cast<T>(sum);
+    if (kCarryOut) flag[lane] = static_cast<uint32_t>(sum >> (8 * sizeof(T))) & 1;
+  });
+  const Operand in = kCarryIn ? inst.o[4] : inst.o[3];
+  w.flow(inst.o[0], lanes, inst, inst.o[1], inst.o[2], inst.o[3], in);
+  if (kCarryOut) w.flow(inst.o[4], lanes, inst, inst.o[1], inst.o[2], inst.o[3], in);
+}
+
+template <class T, bool kHigh>
+Handler mad_carry_handler(bool in, bool out) {
+  if (!in) return &run_mad_carry<T, kHigh, false, true>;
+  return out ? &run_mad_carry<T, kHigh, true, true> : &run_mad_carry<T, kHigh, true, false>;
+}
+
+void decode_mad_carry(Decoder& d, bool high, bool in, bool out) {
+  const Type type = as_integer(d);
+  same_type_operands(d, type, 3);
+  d.inst.o[4] = carry_flag(d);
+  switch (type) {
+    case Type::U32: d.inst.run = high ? mad_carry_handler<uint32_t, true>(in, out) : mad_carry_handler<uint32_t, false>(in, out); return;
+    case Type::S32: d.inst.run = high ? mad_carry_handler<int32_t, true>(in, out) : mad_carry_handler<int32_t, false>(in, out); return;
+    case Type::U64: d.inst.run = high ? mad_carry_handler<uint64_t, true>(in, out) : mad_carry_handler<uint64_t, false>(in, out); return;
+    case Type::S64: d.inst.run = high ? mad_carry_handler<int64_t, true>(in, out) : mad_carry_handler<int64_t, false>(in, out); return;
+    default: d.refuse("products with carry have 32 or 64 bits");
+  }
 }
 
 template <class T>
@@ -184,14 +228,18 @@ void decode_carry(Decoder& d, bool is_add, bool carry_in) {
   const bool carry_out = d.take("cc") || !carry_in;
   const Type type = as_integer(d);
   same_type_operands(d, type, 2);
-  // One row for the flag in each function: a constant that nobody else has, of this odd value.
-  d.inst.o[3] = d.constant(0xcccccccc00000000u, 8);
+  d.inst.o[3] = carry_flag(d);
   if (bits_of(type) == 32) d.inst.run = carry_handler<uint32_t>(is_add, carry_in, carry_out);
   else if (bits_of(type) == 64) d.inst.run = carry_handler<uint64_t>(is_add, carry_in, carry_out);
   else d.refuse("sums with carry have 32 or 64 bits");
 }
 
 namespace {
+
+void decode_madc(Decoder& d) {
+  const bool high = d.take_one({"lo", "hi"}) == 1;
+  decode_mad_carry(d, high, true, d.take("cc"));
+}
 
 void decode_rem(Decoder& d) {
   const Type type = as_integer(d);
@@ -220,8 +268,14 @@ void decode_mul24(Decoder& d) {
   }
 }
 
+Type take_word(Decoder& d) {
+  const Type type = as_integer(d);
+  if (type != Type::U32 && type != Type::S32) d.refuse("needs .u32 or .s32");
+  return type;
+}
+
 void decode_dp4a(Decoder& d) {
-  const Type a = as_integer(d), b = as_integer(d);
+  const Type a = take_word(d), b = take_word(d);
   same_type_operands(d, Type::B32, 3);
   if (a == Type::U32) d.inst.run = b == Type::U32 ? &Lanewise<&dp4a<uint8_t, uint8_t>>::run : &Lanewise<&dp4a<uint8_t, int8_t>>::run;
   else d.inst.run = b == Type::U32 ? &Lanewise<&dp4a<int8_t, uint8_t>>::run : &Lanewise<&dp4a<int8_t, int8_t>>::run;
@@ -235,7 +289,7 @@ Handler dp2a_handler(Type a, Type b) {
 
 void decode_dp2a(Decoder& d) {
   const bool high = d.take_one({"lo", "hi"}) == 1;
-  const Type a = as_integer(d), b = as_integer(d);
+  const Type a = take_word(d), b = take_word(d);
   same_type_operands(d, Type::B32, 3);
   d.inst.run = high ? dp2a_handler<2>(a, b) : dp2a_handler<0>(a, b);
 }
@@ -253,6 +307,9 @@ const std::vector<Opcode> kIntegerOpcodes = {
     {"sub.cc", [](Decoder& d) { decode_carry(d, false, false); }},
     {"addc", [](Decoder& d) { decode_carry(d, true, true); }},
     {"subc", [](Decoder& d) { decode_carry(d, false, true); }},
+    {"mad.lo.cc", [](Decoder& d) { decode_mad_carry(d, false, false, true); }},
+    {"mad.hi.cc", [](Decoder& d) { decode_mad_carry(d, true, false, true); }},
+    {"madc", decode_madc},
 };
 
 }  // namespace ptxemu

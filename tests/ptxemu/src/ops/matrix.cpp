@@ -335,8 +335,11 @@ void decode_mma(Decoder& d) {
   const int shape = d.take_one({"m16n8k4", "m16n8k8", "m16n8k16", "m16n8k32", "m8n8k4"});
   static constexpr int kDepth[] = {4, 8, 16, 32, 4};
   detail.k = kDepth[shape];
-  d.take_one({"row"});
-  d.take_one({"col"});
+  const auto& words = d.words();
+  const auto row = std::find(words.begin(), words.end(), "row");
+  if (row == words.end() || row + 1 == words.end() || *(row + 1) != "col") d.refuse("needs .row.col");
+  d.take("row");
+  d.take("col");
   detail.saturate = d.take("satfinite");
   const Type result = d.take_type();
   detail.a = element_of(d, d.take_type());
@@ -348,6 +351,11 @@ void decode_mma(Decoder& d) {
     if (!is_double) d.refuse("m8n8k4 is supported for .f64");
     detail.saturate = true;
   }
+  const bool same_kind = detail.a == detail.b || (bits_of(detail.a) == 8 && bits_of(detail.b) == 8 &&
+                                                  is_int == (detail.b == Element::S8 || detail.b == Element::U8));
+  if (!same_kind) d.refuse("A and B of these types");
+  if (detail.saturate && shape != 4 && !is_int) d.refuse(".satfinite is for integers");
+  if (result == Type::F16 && detail.a != Element::F16 && bits_of(detail.a) != 8) d.refuse("a result of .f16 is not supported");
   const int rows = shape == 4 ? 8 : 16;
   const int a_bits = bits_of(detail.a), word = is_double ? 64 : 32;
   // A 16 x k tile of which a register holds at least 8 x 4 elements of 32 bits.

@@ -87,26 +87,34 @@ Space take_space(Decoder& d) {
 }
 
 // What orders and what only hints.
-void take_order(Decoder& d, MemoryDetail& detail) {
-  const int order = d.take_one({"release", "volatile", "relaxed", "acquire", "mmio", "cv"}, 6);
-  detail.releases = order == 0;
-  detail.strong = order != 6;
-  d.ignore({"weak", "cta", "cluster", "gpu", "sys", "ca", "cg", "cs", "lu", "wb", "wt", "nc", "L1::evict_normal",
-            "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate", "L2::evict_last",
-            "L2::evict_first", "L2::evict_normal", "L2::64B", "L2::128B", "L2::256B", "unified"});
+void take_order(Decoder& d, MemoryDetail& detail, bool is_load) {
+  const int order = is_load ? d.take_one({"acquire", "volatile", "relaxed", "mmio", "cv"}, 5)
+                            : d.take_one({"release", "volatile", "relaxed", "mmio"}, 5);
+  detail.releases = !is_load && order == 0;
+  detail.strong = order != 5;
+  if (order == 0 || order == 2) d.take_one({"cta", "cluster", "gpu", "sys"});
+  if (order == 3) d.ignore({"sys"});
+  d.ignore({"weak", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
+            "L2::evict_last", "L2::evict_first", "L2::evict_normal"});
+  if (is_load) d.ignore({"ca", "cg", "cs", "lu", "nc", "L2::64B", "L2::128B", "L2::256B", "unified"});
+  else d.ignore({"wb", "cg", "cs", "wt"});
 }
 
 void decode_access(Decoder& d, bool is_load) {
   auto& detail = d.detail<MemoryDetail>();
   d.inst.space = take_space(d);
-  take_order(d, detail);
+  take_order(d, detail, is_load);
+  if (!is_load && d.inst.space == Space::Const) d.refuse("constant memory is not written");
   const bool hint = d.take("L2::cache_hint");
   static constexpr uint8_t kCounts[] = {2, 4, 8, 1};
   d.inst.count = kCounts[d.take_one({"v2", "v4", "v8"}, 3)];
   const Type type = d.take_type();
   d.need_args(2 + hint, 2 + hint);
   if (hint) d.src(d.arg(2), Type::B64);
-  if (bits_of(type) < 8 || bits_of(type) > 64) d.refuse(std::string("type .") + name_of(type) + " is not supported");
+  const bool wide = bits_of(type) * d.inst.count > 128;
+  if (wide && (d.inst.space != Space::Global || d.module.ast.target < 100 || bits_of(type) * d.inst.count > 256))
+    d.refuse("more than 128 bits");
+  if (bits_of(type) < 8 || bits_of(type) > 64 || (is_float(type) && type != Type::F32 && type != Type::F64)) d.refuse(std::string("type .") + name_of(type) + " is not supported");
   d.inst.size = static_cast<uint8_t>(bytes_of(type));
   detail.is_signed = is_signed(type);
   const std::vector<Arg> values = Decoder::elements(d.arg(is_load ? 0 : 1));

@@ -119,13 +119,13 @@ template <class T> T minus(T a, T b) { return a - b; }
 
 void decode_cvta(Decoder& d) {
   const bool to_space = d.take("to");
-  d.take("shared::cta");
-  const int space = d.take_one({"global", "shared", "local", "const", "param"}, 1);
+  const int space = d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry"});
   const Type type = d.take_type();
   d.need_args(2, 2);
   d.inst.counted = Class::Int;
   if (bits_of(type) != 64) d.refuse("needs 64-bit addresses");
-  static constexpr uint64_t kWindows[] = {0, kSharedWindow, kLocalWindow, kConstWindow, kParamWindow};
+  static constexpr uint64_t kWindows[] = {0,            kSharedWindow, kSharedWindow, kSharedWindow,
+                                          kLocalWindow, kConstWindow,  kParamWindow,  kParamWindow};
   d.inst.o[0] = d.dst(d.arg(0), type);
   d.inst.o[1] = d.src(d.arg(1), type);
   d.inst.o[2] = d.constant(kWindows[space], 8);
@@ -133,7 +133,8 @@ void decode_cvta(Decoder& d) {
 }
 
 template <uint64_t kIndex> bool in_window(uint64_t a) { return a / kWindow == kIndex; }
-bool in_global(uint64_t a) { return a >> kAllocationShift != 0; }
+// The window of parameters lies in that of global memory.
+bool in_global(uint64_t a) { return a >> kAllocationShift != 0 || a / kWindow == kParamWindow / kWindow; }
 
 template <auto F>
 void run_isspacep(Warp& w, const Inst& inst, Mask lanes) {
@@ -143,7 +144,7 @@ void run_isspacep(Warp& w, const Inst& inst, Mask lanes) {
 }
 
 void decode_isspacep(Decoder& d) {
-  const int space = d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const", "param"});
+  const int space = d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry"});
   d.need_args(2, 2);
   d.inst.o[0] = d.dst(d.arg(0), Type::Pred);
   d.inst.o[1] = d.src(d.arg(1), Type::B64);
@@ -153,6 +154,7 @@ void decode_isspacep(Decoder& d) {
                                        &run_isspacep<&in_window<kSharedWindow / kWindow>>,
                                        &run_isspacep<&in_window<kLocalWindow / kWindow>>,
                                        &run_isspacep<&in_window<kConstWindow / kWindow>>,
+                                       &run_isspacep<&in_window<kParamWindow / kWindow>>,
                                        &run_isspacep<&in_window<kParamWindow / kWindow>>};
   d.inst.run = kTests[space];
 }

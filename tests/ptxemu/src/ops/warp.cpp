@@ -141,6 +141,7 @@ void decode_match(Decoder& d) {
   d.need_args(3, 3);
   const bool pair = d.arg(0).kind == Arg::Kind::Pair;
   d.inst.o[0] = d.dst(pair ? d.arg(0).children[0] : d.arg(0), Type::B32);
+  if (pair && !all) d.refuse("gives no predicate");
   if (pair) d.inst.o[1] = d.dst(d.arg(0).children[1], Type::Pred);
   d.inst.imm = pair;
   d.inst.o[2] = d.src(d.arg(1), type);
@@ -152,11 +153,13 @@ void decode_match(Decoder& d) {
 
 // ---- redux
 
-template <class T, T (*F)(T, T)>
+// kWithItself: a lone value is changed too.
+template <class T, T (*F)(T, T), bool kWithItself = false>
 void run_redux(Warp& w, const Inst& inst, Mask lanes) {
   const T* value = w.row<T>(inst.o[1]);
   const bool known = (w.defined[inst.o[1].row] & lanes) == lanes;
   T result = value[__builtin_ctz(lanes)];
+  if (kWithItself) result = F(result, result);
   each_lane(lanes & (lanes - 1), [&](int lane) { result = F(result, value[lane]); });
   T* d = w.row<T>(inst.o[0]);
   each_lane(lanes, [&](int lane) { d[lane] = result; });
@@ -169,10 +172,25 @@ uint32_t bits_or(uint32_t a, uint32_t b) { return a | b; }
 uint32_t bits_xor(uint32_t a, uint32_t b) { return a ^ b; }
 template <class T> T smaller(T a, T b) { return std::min(a, b); }
 template <class T> T larger(T a, T b) { return std::max(a, b); }
-float smaller_number(float a, float b) { return std::fmin(a, b); }
-float larger_number(float a, float b) { return std::fmax(a, b); }
-float smaller_nan(float a, float b) { return a != a || b != b ? std::nanf("") : std::fmin(a, b); }
-float larger_nan(float a, float b) { return a != a || b != b ? std::nanf("") : std::fmax(a, b); }
+
+// Of floats, by their bits: NaN, signalling or not, loses against a number, or gives the canonical NaN; -0 < +0.
+template <bool kLarger, bool kNan, bool kAbs>
+uint32_t extreme_float(uint32_t a, uint32_t b) {
+  constexpr uint32_t kCanonical = 0x7fffffff;
+  if (kAbs) a &= 0x7fffffff, b &= 0x7fffffff;
+  const bool a_is_nan = (a & 0x7fffffff) > 0x7f800000, b_is_nan = (b & 0x7fffffff) > 0x7f800000;
+  if (kNan ? a_is_nan || b_is_nan : a_is_nan && b_is_nan) return kCanonical;
+  if (a_is_nan) return b;
+  if (b_is_nan) return a;
+  // As integers of sign and magnitude, floats are in order.
+  const auto ordered = [](uint32_t v) { return static_cast<int32_t>(v & 0x80000000 ? ~(v ^ 0x80000000) : v); };
+  return (ordered(a) < ordered(b)) != kLarger ? a : b;
+}
+template <bool kLarger>
+Handler float_redux(bool nan, bool abs) {
+  if (nan) return abs ? &run_redux<uint32_t, extreme_float<kLarger, true, true>, true> : &run_redux<uint32_t, extreme_float<kLarger, true, false>, true>;
+  return abs ? &run_redux<uint32_t, extreme_float<kLarger, false, true>, true> : &run_redux<uint32_t, extreme_float<kLarger, false, false>, true>;
+}
 
 void decode_redux(Decoder& d) {
   const int op = d.take_one({"add", "and", "or", "xor", "min", "max"});
@@ -183,12 +201,12 @@ void decode_redux(Decoder& d) {
   d.inst.o[1] = d.src(d.arg(1), type);
   by_members(d, d.arg(2));
   if (type == Type::F32) {
-    if (op < 4 || abs) d.refuse("of .f32 only min and max are supported");
-    d.inst.run = op == 4 ? (nan ? &run_redux<float, smaller_nan> : &run_redux<float, smaller_number>)
-                         : (nan ? &run_redux<float, larger_nan> : &run_redux<float, larger_number>);
+    if (op < 4) d.refuse("of .f32 only min and max are supported");
+    d.inst.run = op == 4 ? float_redux<false>(nan, abs) : float_redux<true>(nan, abs);
     return;
   }
-  if (bits_of(type) != 32 || abs || nan) d.refuse("needs 32 bits");
+  const bool is_logic = op >= 1 && op <= 3, is_integer = type == Type::U32 || type == Type::S32;
+  if (abs || nan || (is_logic ? type != Type::B32 : !is_integer)) d.refuse("is not supported");
   static constexpr Handler kUnsigned[] = {&run_redux<uint32_t, sum>,      &run_redux<uint32_t, bits_and>,
                                           &run_redux<uint32_t, bits_or>,  &run_redux<uint32_t, bits_xor>,
                                           &run_redux<uint32_t, smaller>, &run_redux<uint32_t, larger>};
@@ -206,7 +224,8 @@ void run_activemask(Warp& w, const Inst& inst, Mask lanes) {
 }
 
 void decode_activemask(Decoder& d) {
-  d.take_type();
+  if (d.take_type() != Type::B32) d.refuse("needs .b32");
+  d.need_args(1, 1);
   d.inst.o[0] = d.dst(d.arg(0), Type::B32);
   d.inst.run = &run_activemask;
 }
