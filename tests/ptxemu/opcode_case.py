@@ -1,4 +1,4 @@
-"""Tests of one PTX instruction at a time.
+"""Tests of one PTX instruction at a time, in tables.
 
 A `Case` is an instruction and a function of Python numbers that says what it must give. `table` makes a test of each:
 a kernel loads one set of operands per thread, executes the instruction twice (in all lanes, and under a predicate that
@@ -110,29 +110,20 @@ class Case:
             [f"{{{n}}}" for n in "de"[: len(self.results)]]
             + [f"{{{n}}}" for n in "abcf"[: len(self.sources)]]
         )
-        names = {n: f"%d{i}" for i, n in enumerate("de")} | {
-            n: f"%s{i}" for i, n in enumerate("abcf")
-        }
+        names = {"d": "%d0", "e": "%d1", "a": "%s0", "b": "%s1", "c": "%s2", "f": "%s3"}
         return f"{self.op} {form.format(**names)};"
-
-    @property
-    def ptx(self) -> str:
-        return kernel_of(self)
 
     def columns(self) -> tuple[tuple[int, ...], ...]:
         """The sources' registers, one list each; what lies above a narrow value is random."""
         columns = self.values or operands(tuple(o.type for o in self.sources))
         generator = random.Random(self.op)
         filled = []
-        for column, operand in zip(columns, self.sources, strict=True):
-            above = operand.register - operand.bits if operand.type != "pred" else 0
+        for column, o in zip(columns, self.sources, strict=True):
+            above = o.register - o.bits if o.type != "pred" else 0
             filled.append(
-                tuple(
-                    v | (generator.getrandbits(above) << operand.bits if above else 0)
-                    for v in column
-                )
+                [v | generator.getrandbits(above) << o.bits if above else v for v in column]
             )
-        return tuple(filled)
+        return tuple(map(tuple, filled))
 
     def expected(self, columns: Sequence[Sequence[int]]) -> list[list[int]]:
         """Each result's register in every thread."""
@@ -219,7 +210,7 @@ def check(case: Case) -> None:
     ins = [np.array(column, _dtype(o)) for column, o in zip(columns, case.sources, strict=True)]
     outs = [np.zeros(count, _dtype(o)) for o in case.results]
     masked = [np.zeros(count, _dtype(o)) for o in case.results if case.masked]
-    module = ptxemu.load(case.ptx)
+    module = ptxemu.load(kernel_of(case))
     module.launch("test", -(-count // _BLOCK), _BLOCK, [*outs, *masked, *ins, count]).check()
     everywhere = np.ones(count, bool)
     some = (np.arange(count) & 5) != 0
@@ -268,6 +259,11 @@ def _same_nan(name: str, got: int, want: int) -> bool:
     return all(a == b or (form.is_nan(a) and form.is_nan(b)) for a, b in parts)
 
 
+def carry(test: Callable[..., None], texts: Callable[[], list[str]]) -> None:
+    """Give a test the PTX that it executes."""
+    test.texts = texts  # type: ignore[attr-defined]
+
+
 def table(cases: Iterable[Case]) -> Callable[[Case], None]:
     """A test of each case."""
     rows = list(cases)
@@ -276,7 +272,7 @@ def table(cases: Iterable[Case]) -> Callable[[Case], None]:
     def test(case: Case) -> None:
         check(case)
 
-    test.texts = lambda: [case.ptx for case in rows]  # type: ignore[attr-defined]
+    carry(test, lambda: [kernel_of(case) for case in rows])
     return test
 
 
@@ -289,7 +285,16 @@ def program(text: str, target: str = "sm_90a") -> Callable[[Callable[[ptxemu.Mod
             look(ptxemu.load(ptx))
 
         test.__name__, test.__doc__ = look.__name__, look.__doc__
-        test.texts = lambda: [ptx]  # type: ignore[attr-defined]
+        carry(test, lambda: [ptx])
         return test
 
     return decorate
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that starts at a multiple of 32 bytes."""
+    room = np.empty(array.nbytes + 32, np.uint8)
+    start = -room.ctypes.data % 32
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

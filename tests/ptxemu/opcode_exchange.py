@@ -13,7 +13,7 @@ import numpy as np
 
 import ptxemu
 
-from .opcode_tables import HEAD
+from .opcode_case import HEAD
 
 FULL = 0xFFFFFFFF
 MASKS = (FULL, 0x0F0F5A5A, 1 << 13, 0x80000001, 0x7FFFFFFF)

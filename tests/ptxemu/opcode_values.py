@@ -57,9 +57,9 @@ def edges(name: str) -> tuple[int, ...]:
     if name in FORMATS:
         return _float_edges(FORMATS[name])
     bits = BITS[name]
-    top, half = 1 << (bits - 1), 1 << (bits // 2)
+    top, middle = 1 << (bits - 1), 1 << (bits // 2)
     small = (0, 1, 2, 3, 7, 15, 31, 32, 64, 127, 128, 255)
-    large = (half - 1, half, half + 1, top - 1, top, top + 1, 2 * top - 2, 2 * top - 1, 2 * top - 100,
+    large = (middle - 1, middle, middle + 1, top - 1, top, top + 1, 2 * top - 2, 2 * top - 1, 2 * top - 100,
              0x5555555555555555 % (2 * top), 0xAAAAAAAAAAAAAAAA % (2 * top))  # fmt: skip
     return tuple(sorted({v % (2 * top) for v in small + large}))
 

@@ -26,8 +26,8 @@ class TensorMap:
     """A box of `box` elements moved at a time out of a tensor (or into it), innermost dimension last, as in torch.
 
     What lies outside of the tensor is read as zero (nan_fill: NaN) and not written. The innermost stride is 1, the
-    others are multiples of 16 bytes. swizzle: how 16-byte chunks are exchanged in shared memory, by 32, 64 or 128 bytes,
-    which a row of the box then has.
+    others are multiples of 16 bytes. swizzle: how 16-byte chunks are exchanged in shared memory, by 32, 64 or 128
+    bytes, which a row of the box then has.
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class TensorMap:
         if tensor.dtype not in _ELEMENTS:
             raise TypeError(f"tensor: {tensor.dtype} has no place in a tensor map")
         if not 1 <= tensor.dim() <= 5 or len(box) != tensor.dim():
+            shape = tuple(tensor.shape)
             raise ValueError(
-                f"box: {tuple(box)} for a tensor of shape {tuple(tensor.shape)}, needs 1 to 5 dimensions"
+                f"box: {tuple(box)} for shape {shape}, needs 1 to 5 dimensions, as many"
             )
         if tensor.numel() == 0:
             raise ValueError(f"tensor: shape {tuple(tensor.shape)}, needs sizes of at least 1")

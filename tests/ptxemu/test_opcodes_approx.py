@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from . import opcode_formats as formats
+from .opcode_case import Case, table
 from .opcode_formats import BF16, F16, F32, F64, Format
-from .opcode_tables import Case, table
 
 PI = math.pi
 

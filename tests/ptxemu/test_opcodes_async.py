@@ -7,7 +7,7 @@ import pytest
 
 import ptxemu
 
-from .opcode_tables import HEAD, aligned
+from .opcode_case import HEAD, aligned, carry
 
 _WAITS = {
     "all": "cp.async.wait_all;",
@@ -69,6 +69,6 @@ def test_copy(op: str, rest: str, size: int, few: int, wait: str) -> None:
     assert out.tolist() == wanted.tolist()
 
 
-test_copy.texts = lambda: [
-    ptx(op, rest, wait) for op, rest, *_ in CASES for wait in _WAITS.values()
-]  # type: ignore[attr-defined]
+carry(
+    test_copy, lambda: [ptx(op, rest, wait) for op, rest, *_ in CASES for wait in _WAITS.values()]
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 
 import ptxemu
 
+from .opcode_case import HEAD, Operand, aligned, carry, program
 from .opcode_formats import FORMATS
 from .opcode_reference import OPERATIONS, chosen, in_halves, rounded
-from .opcode_tables import HEAD, Operand, aligned, program
 from .opcode_values import BITS, operands
 
 THREADS = 64
@@ -23,16 +24,18 @@ def updates(name: str, t: str, space: str) -> Update:
     """What becomes of the old value, by the operand (and a second one for cas)."""
     form = FORMATS.get(t.removesuffix("x2"))
     if form is not None:
+        one: Update
         if name == "add":  # of .f32 only in global memory subnormals are flushed
             one = rounded(OPERATIONS["add"][1], form, ftz=t == "f32" and "shared" not in space)
         else:
-            one = lambda a, b: chosen(name, form, False, a, b)  # noqa: E731
+            one = partial(chosen, name, form, False)
         return in_halves(one) if t.endswith("x2") else one
-    return {
+    plain: dict[str, Update] = {
         "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b, "exch": lambda a, b: b,
         "add": lambda a, b: a + b, "min": min, "max": max, "cas": lambda a, b, c: c if a == b else a,
         "inc": lambda a, b: 0 if a >= b else a + 1, "dec": lambda a, b: b if a == 0 or a > b else a - 1,
-    }[name]  # fmt: skip
+    }  # fmt: skip
+    return plain[name]
 
 
 class Atomic(NamedTuple):
@@ -40,10 +43,10 @@ class Atomic(NamedTuple):
     modifiers: str  # between atom and the operation
     op: str
     type: str
-    count: int = 1
+    vector: int = 1
 
     def __str__(self) -> str:
-        return f"{self.name}{self.modifiers}.{self.op}{f'.v{self.count}' if self.count > 1 else ''}.{self.type}"
+        return f"{self.name}{self.modifiers}.{self.op}{f'.v{self.vector}' if self.vector > 1 else ''}.{self.type}"
 
     @property
     def space(self) -> str:
@@ -51,7 +54,7 @@ class Atomic(NamedTuple):
 
     def ptx(self) -> str:
         """Parameters: memory, changed in place, what it was, and the operands, one array for each."""
-        n, size, b = self.count, BITS[self.type] // 8, f"b{BITS[self.type]}"
+        n, size, b = self.vector, BITS[self.type] // 8, f"b{BITS[self.type]}"
         sources = "bc" if self.op == "cas" else "b"
         lines = [f".reg .b{8 * size} {', '.join(f'%{v}{i}' for v in 'xbc' for i in range(n))};"]
         lines += [
@@ -162,7 +165,7 @@ def test_alone(row: Atomic) -> None:
         columns[1] = tuple(
             a if i & 1 else b for i, (a, b) in enumerate(zip(*columns[:2], strict=True))
         )
-    total = len(columns[0]) // (THREADS * row.count) * THREADS * row.count
+    total = len(columns[0]) // (THREADS * row.vector) * THREADS * row.vector
     memory, *sources = (
         aligned(np.array(column[:total], f"u{BITS[row.type] // 8}")) for column in columns
     )
@@ -170,7 +173,7 @@ def test_alone(row: Atomic) -> None:
     before = memory.tolist()
     sources += [sources[-1]] * (2 - len(sources))
     module = ptxemu.load(row.ptx())
-    module.launch("test", total // row.count // THREADS, THREADS, [memory, old, *sources]).check()
+    module.launch("test", total // row.vector // THREADS, THREADS, [memory, old, *sources]).check()
     if row.name == "atom":
         assert old.tolist() == before
     values = [operand.read(column[:total]) for column in columns]
@@ -191,7 +194,7 @@ def test_alone(row: Atomic) -> None:
         assert got == want or same, f"{row} {list(map(hex, seen))}: {got:#x}, not {want:#x}"
 
 
-test_alone.texts = lambda: [row.ptx() for row in ROWS]  # type: ignore[attr-defined]
+carry(test_alone, lambda: [row.ptx() for row in ROWS])
 
 
 @program(

@@ -6,7 +6,7 @@ import numpy as np
 
 import ptxemu
 
-from .opcode_tables import program
+from .opcode_case import program
 
 _HEAD = """
 .visible .entry test(.param .u64 out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .opcode_tables import Case, table
+from .opcode_case import Case, table
 from .opcode_values import BITS
 
 

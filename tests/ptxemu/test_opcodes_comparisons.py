@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from . import opcode_formats as formats
+from .opcode_case import Case, table
 from .opcode_formats import FORMATS, Format
-from .opcode_tables import Case, table
 from .opcode_values import operands
 
 ORDERED: dict[str, Callable[[int], bool]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ptxemu
 
+from .opcode_case import program
 from .opcode_flow import HEADER, run
-from .opcode_tables import program
 
 
 @program(

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator
 
 from . import opcode_formats as formats
+from .opcode_case import Case, table
 from .opcode_formats import BF16, F16, FORMATS, ROUNDINGS
 from .opcode_reference import WHOLE, convert, ties
-from .opcode_tables import Case, table
 from .opcode_values import BITS, operands
 
 INTEGERS = ("u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 
+from .opcode_case import Case, table
 from .opcode_formats import FORMATS
 from .opcode_reference import convert, ties
-from .opcode_tables import Case, table
 from .opcode_values import operands
 
 One = Callable[[int], int]

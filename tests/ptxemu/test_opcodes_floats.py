@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from . import opcode_formats as formats
+from .opcode_case import Case, table
 from .opcode_formats import F32, F64, FORMATS, ROUNDINGS, Format
 from .opcode_reference import OPERATIONS, Operation, by_magnitude, chosen, rounded
-from .opcode_tables import Case, table
 
 
 def arithmetic() -> Iterator[Case]:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from .opcode_case import Case, table
 from .opcode_formats import FORMATS, Format
 from .opcode_reference import OPERATIONS, Bits, by_magnitude, chosen, in_halves, rounded
-from .opcode_tables import Case, table
 
 
 def alone_and_packed(op: str, half: str, count: int, one: Bits, nan: bool = True) -> Iterator[Case]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from .opcode_tables import Case, table
+from .opcode_case import Case, table
 from .opcode_values import BITS
 
 TYPES = ("u16", "u32", "u64", "s16", "s32", "s64")

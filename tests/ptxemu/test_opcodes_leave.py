@@ -6,8 +6,8 @@ import numpy as np
 
 import ptxemu
 
+from .opcode_case import program
 from .opcode_flow import HEADER, run
-from .opcode_tables import program
 
 
 @program(

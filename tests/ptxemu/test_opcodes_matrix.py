@@ -13,7 +13,7 @@ import pytest
 
 import ptxemu
 
-from .opcode_tables import HEAD, aligned
+from .opcode_case import HEAD, aligned, carry
 
 ROOM = 64  # rows of 16 bytes in shared memory
 
@@ -22,7 +22,7 @@ class Tiles(NamedTuple):
     """address: 32 or 64 bits wide, and a constant that is part of it."""
 
     name: str
-    count: int
+    tiles: int
     trans: bool
     address: int = 32
     offset: int = 0
@@ -31,14 +31,14 @@ class Tiles(NamedTuple):
     def op(self) -> str:
         trans = ".trans" if self.trans else ""
         space = "shared::cta" if self.offset else "shared"
-        return f"{self.name}.sync.aligned.m8n8.x{self.count}{trans}.{space}.b16"
+        return f"{self.name}.sync.aligned.m8n8.x{self.tiles}{trans}.{space}.b16"
 
     def __str__(self) -> str:
         return f"{self.op}-{self.address}{self.offset:+}"
 
     def ptx(self) -> str:
         """in: the shared memory (a load's), or four registers for each lane; rows: the row that each lane names."""
-        registers = "{" + ", ".join(f"%v{i}" for i in range(self.count)) + "}"
+        registers = "{" + ", ".join(f"%v{i}" for i in range(self.tiles)) + "}"
         place = (
             f"[{'%s' if self.address == 32 else '%a'}{f'+{-self.offset}' if self.offset else ''}]"
         )
@@ -104,7 +104,7 @@ def test_tiles(row: Tiles) -> None:
     memory = np.array([generator.getrandbits(16) for _ in range(8 * ROOM)], np.uint16).reshape(
         ROOM, 8
     )
-    places = generator.sample(range(ROOM), 8 * row.count)
+    places = generator.sample(range(ROOM), 8 * row.tiles)
     rows = np.array([*places, *[1 << 20] * (32 - len(places))], np.uint32)
     registers = np.array([generator.getrandbits(32) for _ in range(128)], np.uint32)
     out = aligned(np.zeros(128 if row.name == "ldmatrix" else 4 * ROOM, np.uint32))
@@ -116,7 +116,7 @@ def test_tiles(row: Tiles) -> None:
             for t in range(4):
                 tile = (
                     memory[places[8 * t : 8 * t + 8]]
-                    if t < row.count
+                    if t < row.tiles
                     else np.zeros((8, 8), np.uint16)
                 )
                 low, high = (int(tile[element(tile, lane, i, row.trans)]) for i in (0, 1))
@@ -124,7 +124,7 @@ def test_tiles(row: Tiles) -> None:
         return
     wanted = memory.copy()
     for lane in range(32):
-        for t in range(row.count):
+        for t in range(row.tiles):
             for i in (0, 1):
                 at, column = element(wanted, lane, i, row.trans)
                 wanted[places[8 * t + at], column] = int(registers[4 * lane + t]) >> 16 * i & 0xFFFF
@@ -155,5 +155,5 @@ def test_movmatrix() -> None:
     assert np.array_equal(out, tile.T)
 
 
-test_tiles.texts = lambda: [row.ptx() for row in ROWS]  # type: ignore[attr-defined]
-test_movmatrix.texts = lambda: [MOVMATRIX]  # type: ignore[attr-defined]
+carry(test_tiles, lambda: [row.ptx() for row in ROWS])
+carry(test_movmatrix, lambda: [MOVMATRIX])

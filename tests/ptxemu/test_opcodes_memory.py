@@ -15,7 +15,7 @@ import pytest
 
 import ptxemu
 
-from .opcode_tables import HEAD, Operand, aligned
+from .opcode_case import HEAD, Operand, aligned, carry
 from .opcode_values import BITS
 
 TYPES = (
@@ -43,29 +43,29 @@ class Access(NamedTuple):
     space: str
     modifiers: str
     type: str
-    count: int
+    vector: int
     register: int
     target: str = "sm_90a"
     hint: bool = False
 
     def __str__(self) -> str:
-        return f"{self.space}{self.modifiers}.{self.type}x{self.count}-{self.register}"
+        return f"{self.space}{self.modifiers}.{self.type}x{self.vector}-{self.register}"
 
     @property
     def bytes(self) -> int:
-        return BITS[self.type] // 8 * self.count
+        return BITS[self.type] // 8 * self.vector
 
     @property
-    def vector(self) -> str:
-        return "" if self.count == 1 else f".v{self.count}"
+    def suffix(self) -> str:
+        return "" if self.vector == 1 else f".v{self.vector}"
 
     @property
     def elements(self) -> str:
-        names = [f"%v{i}" for i in range(self.count)]
-        return names[0] if self.count == 1 else "{" + ", ".join(names) + "}"
+        names = [f"%v{i}" for i in range(self.vector)]
+        return names[0] if self.vector == 1 else "{" + ", ".join(names) + "}"
 
     def instruction(self, name: str, place: str) -> str:
-        op = f"{name}{self.modifiers}{self.vector}.{self.type}"
+        op = f"{name}{self.modifiers}{self.suffix}.{self.type}"
         hint = ", %policy" if self.hint else ""
         return (
             f"{op} {self.elements}, [{place}]{hint};"
@@ -153,11 +153,11 @@ def kernel(a: Access, load: bool) -> str:
             lines.insert(1, ".reg .pred %p;")
         else:
             lines.append(a.instruction("ld", own))
-        lines.append(f"mad.wide.u32 %at5, %i0, {wide * a.count}, %at0;")
-        lines += [f"st.global.b{a.register} [%at5+{i * wide}], %v{i};" for i in range(a.count)]
+        lines.append(f"mad.wide.u32 %at5, %i0, {wide * a.vector}, %at0;")
+        lines += [f"st.global.b{a.register} [%at5+{i * wide}], %v{i};" for i in range(a.vector)]
     else:
-        lines.append(f"mad.wide.u32 %at5, %i0, {wide * a.count}, %at1;")
-        lines += [f"ld.global.b{a.register} %v{i}, [%at5+{i * wide}];" for i in range(a.count)]
+        lines.append(f"mad.wide.u32 %at5, %i0, {wide * a.vector}, %at1;")
+        lines += [f"ld.global.b{a.register} %v{i}, [%at5+{i * wide}];" for i in range(a.vector)]
         lines.append(a.instruction("st", own))
         if a.space in ("shared", "local"):
             lines += [f"mad.wide.u32 %at4, %i0, {size}, %at0;"]
@@ -190,7 +190,7 @@ def make_test(load: bool) -> Callable[[Access], None]:
         else:
             generator = random.Random(3)
             registers = [
-                generator.getrandbits(access.register) for _ in range(access.count * LANES)
+                generator.getrandbits(access.register) for _ in range(access.vector * LANES)
             ]
             out = aligned(np.zeros(access.bytes * LANES, np.uint8))
             source = aligned(np.array(registers, f"u{access.register // 8}"))
@@ -201,7 +201,7 @@ def make_test(load: bool) -> Callable[[Access], None]:
             )
             assert out.tobytes() == wanted
 
-    test.texts = lambda: [kernel(row, load) for row in rows]  # type: ignore[attr-defined]
+    carry(test, lambda: [kernel(row, load) for row in rows])
     return test
 
 

@@ -15,8 +15,8 @@ import pytest
 import ptxemu
 
 from . import opcode_formats as formats
+from .opcode_case import HEAD, carry
 from .opcode_formats import FORMATS
-from .opcode_tables import HEAD
 
 Place = Callable[[int, int], tuple[int, int]]  # of element i of a lane: row and column
 TILES = 6
@@ -183,7 +183,8 @@ def multiply(row: Product, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.nd
     for tile in range(len(d)):
         for lane in range(32):
             for i in range(fd.shape[2]):
-                d[(tile, *s.c(lane, i))] = fd[tile, lane, i]
+                place, column = s.c(lane, i)
+                d[tile, place, column] = fd[tile, lane, i]
     return d
 
 
@@ -260,4 +261,4 @@ def test_infinity_and_nan(row: Product) -> None:
     assert np.array_equal(d, wanted, equal_nan=True)
 
 
-test_exact.texts = lambda: [row.ptx() for row in PRODUCTS]  # type: ignore[attr-defined]
+carry(test_exact, lambda: [row.ptx() for row in PRODUCTS])

@@ -8,7 +8,7 @@ import numpy as np
 
 import ptxemu
 
-from .opcode_tables import Case, program, table
+from .opcode_case import Case, program, table
 
 TYPES = ("b16", "u16", "s16", "b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64", "pred")
 

@@ -6,7 +6,7 @@ import pytest
 
 import ptxemu
 
-from .opcode_tables import HEAD
+from .opcode_case import HEAD
 
 _BODY = """.global .align 16 .b8 data[64];
 .shared .align 16 .b8 tile[64];

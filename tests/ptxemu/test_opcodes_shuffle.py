@@ -11,8 +11,8 @@ import pytest
 
 import ptxemu
 
+from .opcode_case import carry, program
 from .opcode_exchange import FULL, Exchange, Results, check
-from .opcode_tables import program
 
 
 def shuffles() -> Iterator[Exchange]:
@@ -25,9 +25,10 @@ def shuffles() -> Iterator[Exchange]:
     for mode, (source, inside) in modes.items():
 
         def shuffle(
-            members: list[int], a: list[int], b: list[int], c: list[int], mode: str = mode, source=source, inside=inside
-        ) -> Results:  # type: ignore[no-untyped-def]  # fmt: skip
-            results = {}
+            members: list[int], a: list[int], b: list[int], c: list[int], mode: str = mode,
+            source: Callable[[int, int, int], int] = source, inside: Callable[[int, int], bool] = inside,
+        ) -> Results:  # fmt: skip
+            results: Results = {}
             for lane in members:
                 clamp, segment, by = c[lane] & 31, c[lane] >> 8 & 31, b[lane] & 31
                 low, limit = lane & segment, (lane & segment) | (clamp & ~segment)
@@ -94,8 +95,8 @@ def test_shuffle(row: Exchange) -> None:
     check(row, (FULL,))
 
 
-test_members.texts = lambda: [row.ptx() for row in SOME]  # type: ignore[attr-defined]
-test_shuffle.texts = lambda: [row.ptx() for row in WHOLE]  # type: ignore[attr-defined]
+carry(test_members, lambda: [row.ptx() for row in SOME])
+carry(test_shuffle, lambda: [row.ptx() for row in WHOLE])
 
 
 @program(

@@ -9,7 +9,7 @@ import pytest
 
 import ptxemu
 
-from .opcode_tables import HEAD
+from .opcode_case import HEAD, carry
 
 THREAD = ("tid.x", "tid.y", "tid.z", "ntid.x", "ntid.y", "ntid.z", "ctaid.x", "ctaid.y", "ctaid.z", "nctaid.x",
           "nctaid.y", "nctaid.z", "laneid", "warpid", "nwarpid", "lanemask_eq",
@@ -85,4 +85,4 @@ def test_special(
         ]  # fmt: skip
 
 
-test_special.texts = lambda: [ptx()]  # type: ignore[attr-defined]
+carry(test_special, lambda: [ptx()])

@@ -9,7 +9,7 @@ import pytest
 
 import ptxemu
 
-from .opcode_tables import program
+from .opcode_case import program
 
 _VALUES = """
 .global .align 4 .b8 bytes[7] = {1, 255, -1, 0x7F, 0b11};

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from .opcode_case import carry
 from .opcode_exchange import FULL, Exchange, Reference, Results, check
 from .opcode_formats import F32
 from .opcode_reference import chosen
@@ -19,7 +20,7 @@ def to_all(result: Callable[..., int]) -> Reference:
 
 
 def to_predicate(result: Callable[..., bool]) -> Reference:
-    return lambda members, *sources: dict.fromkeys(members, (None, result(members, *sources)))  # type: ignore[dict-item]
+    return lambda members, *sources: dict.fromkeys(members, (None, result(members, *sources)))
 
 
 def bits(generator: random.Random, members: list[int]) -> Sequence[Sequence[int]]:
@@ -143,4 +144,4 @@ def test_members(row: Exchange) -> None:
     check(row)
 
 
-test_members.texts = lambda: [row.ptx() for row in ROWS]  # type: ignore[attr-defined]
+carry(test_members, lambda: [row.ptx() for row in ROWS])

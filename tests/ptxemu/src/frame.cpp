@@ -85,7 +85,7 @@ Frame* Warp::enter(Frame* caller, const Inst* call_inst, const Function& functio
   f.origin.assign(function.rows, -1);
   f.local_base = caller ? caller->local_base + caller->function->local_bytes : 0;
   for (int lane = 0; lane < kLanes; ++lane) {
-    if (function.local_bytes) {
+    if (f.local_base + function.local_bytes > local[lane].size()) {  // a function called before may have more
       local[lane].resize(f.local_base + function.local_bytes, 0xff);
       local_defined[lane].resize(f.local_base + function.local_bytes, 0);
     }

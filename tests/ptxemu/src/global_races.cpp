@@ -3,8 +3,11 @@
 // As in shared memory (shared.h), but of writers only and across blocks: what one cluster did is ordered before another
 // by a strong access (to a lock, a flag, a counter) that the first releases and the second sees. Two writes without order
 // are a race unless they write the same. A read without order after a write gives an undefined value, and is a race once
-// that value matters: compilers let lanes that hold copies of an element load it, and drop what they make of it. A read that comes before such a write
-// is not noted: another seed runs the blocks the other way round.
+// that value matters: compilers let lanes that hold copies of an element load it, and drop what they make of it. A read
+// that comes before such a write is not noted: another seed runs the blocks the other way round.
+//
+// Lenient on fences: in a block that has executed any, every strong write releases, and every strong read acquires.
+// Atomics on floats hand nothing over. Bulk copies are not noted.
 #include <cstring>
 
 #include "access.h"

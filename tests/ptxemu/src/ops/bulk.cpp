@@ -128,6 +128,7 @@ void run_mapa(Warp& w, const Inst& inst, Mask lanes) {
 void decode_mapa(Decoder& d) {
   d.take("shared::cluster");
   const Type type = d.take_type();
+  if (type != Type::U32 && type != Type::U64) d.refuse("needs .u32 or .u64");
   d.need_args(3, 3);
   d.inst.o[0] = d.dst(d.arg(0), type);
   d.inst.o[1] = d.src(d.arg(1), type);
@@ -151,6 +152,7 @@ void run_getctarank(Warp& w, const Inst& inst, Mask lanes) {
 void decode_getctarank(Decoder& d) {
   d.take("shared::cluster");
   const Type type = d.take_type();
+  if (type != Type::U32 && type != Type::U64) d.refuse("needs .u32 or .u64");
   d.need_args(2, 2);
   d.inst.o[0] = d.dst(d.arg(0), Type::U32);
   d.inst.o[1] = d.src(d.arg(1), type);

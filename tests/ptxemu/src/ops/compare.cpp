@@ -223,18 +223,20 @@ void run_set(Warp& w, const Inst& inst, Mask lanes) {
   const D truth = static_cast<D>(inst.imm);
   D* result = w.row<D>(inst.o[0]);
   each_lane(lanes, [&](int lane) { result[lane] = value >> lane & 1 ? truth : D{0}; });
-  w.flow(inst.o[0], lanes, inst, inst.o[2], inst.o[3]);
+  w.flow(inst.o[0], lanes, inst, inst.o[2], inst.o[3], detail.combine ? inst.o[4] : inst.o[2]);
 }
 
 void run_set_packed(Warp& w, const Inst& inst, Mask lanes) {
   const auto& detail = static_cast<const SetDetail&>(*inst.detail);
-  const Mask low = detail.test[0](w, inst, 2), high = detail.test[1](w, inst, 2);
+  const Mask other = detail.combine ? w.predicate(inst.o[4]) : 0;
+  const Mask low = combined(detail, detail.test[0](w, inst, 2), other);
+  const Mask high = combined(detail, detail.test[1](w, inst, 2), other);
   auto* result = w.row<uint32_t>(inst.o[0]);
   const auto truth = static_cast<uint32_t>(inst.imm);
   each_lane(lanes, [&](int lane) {
     result[lane] = (low >> lane & 1 ? truth : 0) | (high >> lane & 1 ? truth << 16 : 0);
   });
-  w.flow(inst.o[0], lanes, inst, inst.o[2], inst.o[3]);
+  w.flow(inst.o[0], lanes, inst, inst.o[2], inst.o[3], detail.combine ? inst.o[4] : inst.o[2]);
 }
 
 void decode_set(Decoder& d) {
@@ -254,7 +256,7 @@ void decode_set(Decoder& d) {
   if (type == Type::F16x2 || type == Type::BF16x2) {
     choose_packed(d, detail, compare, packed_format(d, type, ftz));
     d.inst.imm = to == Type::F16x2 ? 0x3c00 : to == Type::BF16x2 ? 0x3f80 : 0xffff;
-    if (detail.combine) d.refuse("packed comparison with a combined predicate");
+    if (bits_of(to) != 32 || to == Type::F32) d.refuse(std::string("result of type .") + name_of(to) + " is not supported");
     d.inst.run = &run_set_packed;
     return;
   }

@@ -1,5 +1,6 @@
 // Control flow (PTX ISA, "Control Flow Instructions"), calls and the functions of the device's run time.
 // Warp::control moves the lanes; here is what an instruction says about where to.
+#include <algorithm>
 #include <cstring>
 
 #include "../access.h"
@@ -143,15 +144,26 @@ std::string text_at(Warp& w, const Inst& inst, int lane, uint64_t address) {
   }
 }
 
+template <class... Values>
+std::string one_value(const std::string& spec, Values... values) {
+  const int length = std::snprintf(nullptr, 0, spec.c_str(), values...);
+  std::string text(static_cast<size_t>(std::max(length, 0)) + 1, '\0');
+  std::snprintf(text.data(), text.size(), spec.c_str(), values...);
+  text.pop_back();
+  return text;
+}
+
 // printf's arguments lie one after another, each aligned to its size; floats have become doubles.
-std::string formatted(Warp& w, const Inst& inst, int lane, const std::string& format, uint64_t values) {
-  std::string text;
+// The result is how many arguments it took.
+int formatted(Warp& w, const Inst& inst, int lane, const std::string& format, uint64_t values, std::string& text) {
+  int taken = 0;
   const auto take = [&](uint64_t bytes) {
     values = (values + bytes - 1) / bytes * bytes;
     uint64_t value = 0;
     const Location l = locate(w, inst, lane, Space::Generic, values, bytes, bytes, false);
     if (l.host) std::memcpy(&value, l.host, bytes);
     values += bytes;
+    ++taken;
     return value;
   };
   for (size_t i = 0; i < format.size(); ++i) {
@@ -161,9 +173,11 @@ std::string formatted(Warp& w, const Inst& inst, int lane, const std::string& fo
     }
     std::string spec = "%";
     int longs = 0;
-    for (++i; i < format.size() && std::strchr("-+ #0123456789.lhzjt", format[i]); ++i) {
+    for (++i; i < format.size() && std::strchr("-+ #0123456789.*lhzjt", format[i]); ++i) {
       if (std::strchr("lzjt", format[i])) {
         ++longs;
+      } else if (format[i] == '*') {
+        spec += std::to_string(static_cast<int>(take(4)));
       } else if (format[i] != 'h') {
         spec += format[i];
       }
@@ -175,19 +189,20 @@ std::string formatted(Warp& w, const Inst& inst, int lane, const std::string& fo
       continue;
     }
     if (kind == 's') {
-      std::snprintf(out, sizeof out, (spec + "s").c_str(), text_at(w, inst, lane, take(8)).c_str());
+      text += one_value(spec + "s", text_at(w, inst, lane, take(8)).c_str());
     } else if (std::strchr("eEfFgGaA", kind)) {
-      std::snprintf(out, sizeof out, (spec + kind).c_str(), bit_cast<double>(take(8)));
+      text += one_value(spec + kind, bit_cast<double>(take(8)));
     } else if (kind == 'p') {
-      std::snprintf(out, sizeof out, "0x%llx", static_cast<unsigned long long>(take(8)));
-    } else if (longs) {
-      std::snprintf(out, sizeof out, (spec + "ll" + kind).c_str(), static_cast<long long>(take(8)));
+      text += one_value("0x%llx", static_cast<unsigned long long>(take(8)));
+    } else if (!std::strchr("cdiouxX", kind)) {
+      text += spec + kind;
+    } else if (longs && kind != 'c') {
+      text += one_value(spec + "ll" + kind, static_cast<long long>(take(8)));
     } else {
-      std::snprintf(out, sizeof out, (spec + kind).c_str(), static_cast<int>(take(4)));
+      text += one_value(spec + kind, static_cast<int>(take(4)));
     }
-    text += out;
   }
-  return text;
+  return taken;
 }
 
 void run_printf(Warp& w, const Inst& inst, Mask lanes) {
@@ -195,9 +210,7 @@ void run_printf(Warp& w, const Inst& inst, Mask lanes) {
   each_lane(lanes, [&](int lane) {
     Frame& f = *w.frame;
     const std::string format = text_at(w, inst, lane, argument(f, call.arguments.at(0), lane));
-    const std::string text = formatted(w, inst, lane, format, argument(f, call.arguments.at(1), lane));
-    w.launch->report.output += text;
-    const auto count = static_cast<uint32_t>(text.size());
+    const int count = formatted(w, inst, lane, format, argument(f, call.arguments.at(1), lane), w.launch->report.output);
     if (call.result.bytes == 4) {
       std::memcpy(f.params[lane].data() + call.result.address, &count, 4);
       std::fill_n(f.params_defined[lane].begin() + static_cast<ptrdiff_t>(call.result.address), 4, uint8_t{1});

@@ -399,6 +399,7 @@ void decode_extreme(Decoder& d) {
   const bool ftz = d.take("ftz"), nan = d.take("NaN");
   const bool xor_sign = d.take("xorsign");
   if (xor_sign) d.take_one({"abs"});
+  if (type != Type::F32 && type != Type::F64) d.refuse(std::string("type .") + name_of(type) + " is not supported");
   d.take_type();
   const size_t sources = d.args() - 1;
   same_type_operands(d, type, sources == 3 ? 3 : 2);

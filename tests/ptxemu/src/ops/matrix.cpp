@@ -125,7 +125,14 @@ void run_movmatrix(Warp& w, const Inst& inst, Mask lanes) {
   uint32_t* d = w.row<uint32_t>(inst.o[0]);
   for (int lane = 0; lane < kLanes; ++lane)
     d[lane] = tile[lane % 4 * 2][lane / 4] | static_cast<uint32_t>(tile[lane % 4 * 2 + 1][lane / 4]) << 16;
-  w.define(inst.o[0], kAllLanes, w.defined[inst.o[1].row] == kAllLanes ? kAllLanes : 0, inst);
+  const Mask source = w.defined[inst.o[1].row];
+  Mask known = kAllLanes;
+  if (source != kAllLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int first = lane % 4 * 8 + lane / 8;  // has the element of row 2 (lane % 4), lane + 4 that of the next
+      if (!(source >> first & source >> (first + 4) & 1)) known &= ~(1u << lane);
+    }
+  w.define(inst.o[0], kAllLanes, known, inst);
 }
 
 void decode_movmatrix(Decoder& d) {
@@ -190,9 +197,9 @@ void multiply(const float (&a)[kM][kMaxK], const float (&b)[kMaxK][kN], int dept
   }
 }
 
-// Row m of D is known if row m of A and of C are; column n if column n of B is.
+// Element (m, n) of D is known if row m of A, column n of B and its element of C are; packed: two columns a register.
 void define_result(Warp& w, const Inst& inst, const Operand* d, int d_count, const Operand* a, int a_count,
-                   const Operand* b, int b_count, const Operand* c) {
+                   const Operand* b, int b_count, const Operand* c, bool packed) {
   uint32_t rows = 0xffff, columns = 0xff;
   for (int i = 0; i < a_count; ++i)
     for (int lane = 0; lane < kLanes; ++lane)
@@ -202,10 +209,10 @@ void define_result(Warp& w, const Inst& inst, const Operand* d, int d_count, con
       if (!(w.defined[b[i].row] >> lane & 1)) columns &= ~(1u << lane / 4);
   for (int i = 0; i < d_count; ++i) {
     Mask known = w.defined[c[i].row];
-    const int upper = d_count == 4 ? i / 2 : i;
+    const int upper = packed ? i : i / 2;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int column = 2 * (lane % 4) + i % 2;
-      const bool column_known = d_count == 4 ? columns >> column & 1 : (columns >> 2 * (lane % 4) & 3) == 3;
+      const bool column_known = packed ? (columns >> 2 * (lane % 4) & 3) == 3 : columns >> column & 1;
       if (!(rows >> (lane / 4 + 8 * upper) & 1) || !column_known) known &= ~(1u << lane);
     }
     w.define(d[i], kAllLanes, known, inst);
@@ -254,7 +261,7 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
   if (known) {
     for (int i = 0; i < d_count; ++i) w.defined[d[i].row] = kAllLanes;
   } else {
-    define_result(w, inst, d, d_count, a, a_count, b, b_count, c);
+    define_result(w, inst, d, d_count, a, a_count, b, b_count, c, detail.half_result);
   }
 }
 
@@ -281,7 +288,7 @@ void run_mma_int(Warp& w, const Inst& inst, Mask lanes) {
   if (known) {
     for (int i = 0; i < 4; ++i) w.defined[d[i].row] = kAllLanes;
   } else {
-    define_result(w, inst, d, 4, a, a_count, b, b_count, c);
+    define_result(w, inst, d, 4, a, a_count, b, b_count, c, false);
   }
 }
 
@@ -306,10 +313,13 @@ void run_mma_double(Warp& w, const Inst& inst, Mask lanes) {
     for (int column = 0; column < kN; ++column)
       for (int k = 0; k < detail.k; ++k) sum[row][column] = std::fma(left[row][k], right[k][column], sum[row][column]);
   const bool known = all_defined(w, a, a_count + b_count + d_count);
-  for (int i = 0; i < d_count; ++i) {
+  for (int i = 0; i < d_count; ++i)
     for (int lane = 0; lane < kLanes; ++lane)
       w.row<double>(d[i])[lane] = sum[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
-    w.define(d[i], kAllLanes, known ? kAllLanes : 0, inst);
+  if (known) {
+    for (int i = 0; i < d_count; ++i) w.defined[d[i].row] = kAllLanes;
+  } else {
+    define_result(w, inst, d, d_count, a, a_count, b, b_count, c, false);
   }
 }
 

@@ -88,12 +88,12 @@ Space take_space(Decoder& d) {
 
 // What orders and what only hints.
 void take_order(Decoder& d, MemoryDetail& detail, bool is_load) {
-  const int order = is_load ? d.take_one({"acquire", "volatile", "relaxed", "mmio", "cv"}, 5)
-                            : d.take_one({"release", "volatile", "relaxed", "mmio"}, 5);
+  const int order = is_load ? d.take_one({"acquire", "volatile", "relaxed", "cv"}, 5)
+                            : d.take_one({"release", "volatile", "relaxed"}, 5);
   detail.releases = !is_load && order == 0;
   detail.strong = order != 5;
+  if (d.take("mmio") && order != 2) d.refuse(".mmio is only of .relaxed");
   if (order == 0 || order == 2) d.take_one({"cta", "cluster", "gpu", "sys"});
-  if (order == 3) d.ignore({"sys"});
   d.ignore({"weak", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
             "L2::evict_last", "L2::evict_first", "L2::evict_normal"});
   if (is_load) d.ignore({"ca", "cg", "cs", "lu", "nc", "L2::64B", "L2::128B", "L2::256B", "unified"});
@@ -121,14 +121,15 @@ void decode_access(Decoder& d, bool is_load) {
   if (values.size() != d.inst.count) d.refuse("has " + std::to_string(values.size()) + " elements");
   d.inst.o[0] = d.address(d.arg(is_load ? 1 : 0));
   for (size_t i = 0; i < values.size(); ++i) {
+    if (is_load && values[i].kind == Arg::Kind::Sink) continue;
     int bytes = 0;
     d.inst.o[1 + i] = is_load ? d.wide_dst(values[i], type, bytes) : d.wide_src(values[i], type, bytes);
-    if (values[i].kind == Arg::Kind::Sink) bytes = std::max(detail.register_bytes, std::max(bytes_of(type), 2));
-    if (i && bytes != detail.register_bytes) {
-      if (values[i - 1].kind != Arg::Kind::Sink) d.refuse("elements in registers of different widths");
-    }
+    if (detail.register_bytes && bytes != detail.register_bytes) d.refuse("elements in registers of different widths");
     detail.register_bytes = bytes;
   }
+  if (detail.register_bytes == 0) detail.register_bytes = std::max(bytes_of(type), 2);
+  for (size_t i = 0; i < values.size(); ++i)  // as wide as the others
+    if (is_load && values[i].kind == Arg::Kind::Sink) d.inst.o[1 + i] = d.scratch(detail.register_bytes);
   d.inst.run = is_load ? &run_load : &run_store;
   switch (d.inst.space) {
     case Space::Global: d.inst.counted = is_load ? Class::LoadGlobal : Class::StoreGlobal; break;
@@ -146,6 +147,7 @@ void do_nothing(Warp&, const Inst&, Mask) {}
 
 void decode_prefetch(Decoder& d) {
   d.ignore({"global", "L1", "L2", "tensormap", "param", "const", "L2::evict_last", "L2::evict_normal"});
+  d.need_args(1, 1);
   d.inst.o[0] = d.address(d.arg(0));
   d.inst.run = &do_nothing;
 }
@@ -159,9 +161,11 @@ void run_policy(Warp& w, const Inst& inst, Mask lanes) {
 
 void decode_createpolicy(Decoder& d) {
   d.take_one({"fractional"});
-  d.ignore({"L2::evict_first", "L2::evict_last", "L2::evict_normal", "L2::evict_unchanged"});
-  d.take_type();
+  d.take_one({"L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"});
+  d.ignore({"L2::evict_first", "L2::evict_unchanged"});  // of what the fraction leaves
+  if (d.take_type() != Type::B64) d.refuse("needs .b64");
   d.need_args(1, 2);
+  if (d.args() == 2) d.src(d.arg(1), Type::F32);
   d.inst.o[0] = d.dst(d.arg(0), Type::B64);
   d.inst.run = &run_policy;
 }

@@ -9,7 +9,7 @@ void do_nothing(Warp&, const Inst&, Mask) {}
 void run_nanosleep(Warp& w, const Inst&, Mask) { w.give_up_turn = true; }
 
 void decode_nanosleep(Decoder& d) {
-  d.take_type();
+  if (d.take_type() != Type::U32) d.refuse("needs .u32");
   d.need_args(1, 1);
   d.inst.o[0] = d.src(d.arg(0), Type::U32);
   d.inst.run = &run_nanosleep;

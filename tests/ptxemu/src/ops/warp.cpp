@@ -202,6 +202,7 @@ void decode_redux(Decoder& d) {
   by_members(d, d.arg(2));
   if (type == Type::F32) {
     if (op < 4) d.refuse("of .f32 only min and max are supported");
+    if (d.module.ast.target < 100) d.refuse(".f32 needs sm_100");
     d.inst.run = op == 4 ? float_redux<false>(nan, abs) : float_redux<true>(nan, abs);
     return;
   }
