@@ -35,7 +35,9 @@ class Case(NamedTuple):
         x = torch.randn(self.batch, length, self.heads, self.D).to(self.dtype).transpose(1, 2)
         return x if self.transposed else x.contiguous()
 
-    def check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor) -> None:
+    def check(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor
+    ) -> None:
         """Outputs against float64, held to what eager makes of them in their own dtype."""
         exact = pyfuse.attention(
             q.double(), k.double(), v.double(), causal=self.causal, return_lse=True, backend="eager"

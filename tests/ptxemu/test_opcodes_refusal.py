@@ -240,9 +240,7 @@ UNSUPPORTED = """
 and.pred %p0, %p1, !%p2;
 setp.lt.f16x2 %p0, %r1, %r2;
 selp.u32 %r0, %r1, %r2, !%p0;
-mov.pred %p0, !%p1;
 ld.global.u32 %r0, [%h0];
-mad24.hi.sat.s32 %r0, %r1, %r2, %r3;
 vote.ballot.b32 %r0, %p1;
 mov.u16 %h0, %tid.x;
 mov.b32 %r0, {%h0, _};

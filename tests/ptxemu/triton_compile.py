@@ -185,7 +185,9 @@ def _binder(
 _compiled: dict[tuple[int | str, bool, str], Compiled] = {}
 
 
-def compile_bound(fn: JITFunction, bound: Bound, arch: int | str, *, assemble: bool = True) -> Compiled:
+def compile_bound(
+    fn: JITFunction, bound: Bound, arch: int | str, *, assemble: bool = True
+) -> Compiled:
     """The kernel for this specialisation; from memory or disk if it has been compiled before.
 
     assemble: also run ptxas, which takes most of the time; without it there is no cubin.
@@ -194,7 +196,11 @@ def compile_bound(fn: JITFunction, bound: Bound, arch: int | str, *, assemble: b
     from triton.compiler import ASTSource
     from triton.runtime.jit import compute_cache_key
 
-    key = (arch, assemble, fn.cache_key + compute_cache_key({}, bound.specialization, bound.options))
+    key = (
+        arch,
+        assemble,
+        fn.cache_key + compute_cache_key({}, bound.specialization, bound.options),
+    )
     if key not in _compiled:
         signature, constants, attributes = _source(fn, bound, arch)
         with triton.knobs.cache.scope(), triton.knobs.runtime.scope():

@@ -128,7 +128,11 @@ void Warp::call(const Inst& inst, Mask lanes) {
     return;
   }
   Frame* callee = enter(frame, &inst, *callee_of(inst));
-  for (uint32_t i = 0; i < callee->function->register_rows; ++i) callee->defined[i] &= ~lanes;  // of a call before
+  for (uint32_t i = 0; i < callee->function->register_rows; ++i) {  // what a call before has left
+    callee->defined[i] &= ~lanes;
+    callee->low_defined[i] &= ~lanes;
+    callee->high_defined[i] &= ~lanes;
+  }
   pass_arguments(*this, inst, *frame, *callee, lanes);
   others.push_back({callee, 0, lanes, Wait::None, 0});
   active &= ~lanes;

@@ -114,6 +114,8 @@ uint64_t convert_one(const Conversion& c, uint64_t bits) {
   if (!is_float(c.from)) {
     uint64_t value = extended(bits, c.from);
     if (!is_float(c.to)) return c.sat ? saturate_integer(value, c.from, c.to) : value;
+    // Into [0, 1].
+    if (c.sat) return encode_value(c.to, value != 0 && !(is_signed(c.from) && value >> 63) ? 1.0 : 0.0, c.round, false);
     if (c.sat) value = value == 0 || (is_signed(c.from) && static_cast<int64_t>(value) < 0) ? 0 : 1;
     if (c.to == Type::F64) {
       // Rounded to 53 bits here, in the mode asked for.
@@ -199,12 +201,18 @@ void run_packed(Warp& w, const Inst& inst, Mask lanes) {
 
 uint32_t pack_bf16(float high, float low) { return static_cast<uint32_t>(float_to_bf16(high)) << 16 | float_to_bf16(low); }
 uint32_t pack_f16(float high, float low) { return static_cast<uint32_t>(float_to_f16(high)) << 16 | float_to_f16(low); }
-uint16_t low_half(uint32_t v) { return static_cast<uint16_t>(v); }
 uint32_t widened(uint16_t v) { return v; }
 uint64_t widened_unsigned(uint32_t v) { return v; }
 int64_t widened_signed(int32_t v) { return v; }
-uint32_t lower(uint64_t v) { return static_cast<uint32_t>(v); }
 float from_signed(int32_t v) { return static_cast<float>(v); }
+
+// The lower half, which may be defined where the whole is not.
+template <class Half, class Whole> Half lower(Whole v) { return static_cast<Half>(v); }
+template <class Half, class Whole>
+void run_lower(Warp& w, const Inst& inst, Mask lanes) {
+  Lanewise<&lower<Half, Whole>>::run(w, inst, lanes);
+  w.defined[inst.o[0].row] |= w.low_defined(inst.o[1].row) & lanes;
+}
 
 Handler fast_path(const Conversion& c) {
   const bool plain = c.round == Round::Nearest && !c.ftz && !c.sat && !c.relu && !c.satfinite && c.int_round == IntRound::None;
@@ -215,11 +223,11 @@ Handler fast_path(const Conversion& c) {
   if (is(Type::F32, Type::F16) && widths(4, 2)) return &Lanewise<&f16_to_float>::run;
   if (is(Type::BF16, Type::F32) && widths(2, 4)) return &Lanewise<&float_to_bf16>::run;
   if (is(Type::F16, Type::F32) && widths(2, 4)) return &Lanewise<&float_to_f16>::run;
-  if (is(Type::U16, Type::U32) && widths(2, 4)) return &Lanewise<&low_half>::run;
+  if (is(Type::U16, Type::U32) && widths(2, 4)) return &run_lower<uint16_t, uint32_t>;
   if (is(Type::U32, Type::U16) && widths(4, 2)) return &Lanewise<&widened>::run;
   if (is(Type::U64, Type::U32) && widths(8, 4)) return &Lanewise<&widened_unsigned>::run;
   if (is(Type::S64, Type::S32) && widths(8, 4)) return &Lanewise<&widened_signed>::run;
-  if (is(Type::U32, Type::U64) && widths(4, 8)) return &Lanewise<&lower>::run;
+  if (is(Type::U32, Type::U64) && widths(4, 8)) return &run_lower<uint32_t, uint64_t>;
   if (is(Type::F32, Type::S32) && widths(4, 4)) return &Lanewise<&from_signed>::run;
   return nullptr;
 }
@@ -243,11 +251,20 @@ void check_rounding(Decoder& d, const Conversion& c, bool to_float, bool to_inte
   if (c.round == Round::NearestAway && c.to != Type::TF32) d.refuse(".rna is for .tf32");
 }
 
+bool is_number(Type type) {
+  switch (type) {
+    case Type::U8: case Type::U16: case Type::U32: case Type::U64: case Type::S8: case Type::S16: case Type::S32:
+    case Type::S64: case Type::F16: case Type::BF16: case Type::F32: case Type::F64: case Type::TF32: return true;
+    default: return false;
+  }
+}
+
 void check_modifiers(Decoder& d, const Conversion& c, Type to_element) {
   const Type to = to_element == Type::None ? c.to : to_element;
   const bool is_byte = to == Type::E4M3 || to == Type::E5M2;
   const bool is_short = to == Type::F16 || to == Type::BF16 || to == Type::TF32 || is_byte;
-  if (is_byte && !c.satfinite) d.refuse("needs .satfinite");
+  if (is_byte && (!c.satfinite || c.round != Round::Nearest)) d.refuse("needs .rn.satfinite");
+  if (c.sat && (to_element != Type::None || to == Type::BF16 || to == Type::TF32)) d.refuse(".sat is not for this type");
   if ((c.relu || c.satfinite) && !is_short) d.refuse(".relu and .satfinite are for short formats");
   if ((to == Type::TF32 || to_element != Type::None || c.relu || c.satfinite) && (c.round == Round::Down || c.round == Round::Up))
     d.refuse("needs .rn or .rz");
@@ -295,6 +312,7 @@ void decode_cvt(Decoder& d) {
     return;
   }
   if (from_element != Type::None) d.refuse("a pair into one value");
+  if (!is_number(c.to) || !is_number(c.from)) d.refuse("needs types of single numbers");
   if ((c.to == Type::TF32) && c.from != Type::F32) d.refuse(".tf32 is made of .f32");
   if (c.from == Type::TF32) d.refuse(".tf32 is no source");
   d.need_args(2, 2);

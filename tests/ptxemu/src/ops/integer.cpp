@@ -53,6 +53,7 @@ template <class T> T mul24_lo(T a, T b) { return static_cast<T>(low_24(a) * low_
 template <class T> T mul24_hi(T a, T b) { return static_cast<T>((low_24(a) * low_24(b)) >> 16); }
 template <class T> T mad24_lo(T a, T b, T c) { return add<T>(mul24_lo(a, b), c); }
 template <class T> T mad24_hi(T a, T b, T c) { return add<T>(mul24_hi(a, b), c); }
+int32_t mad24_hi_sat(int32_t a, int32_t b, int32_t c) { return saturate(int64_t{mul24_hi(a, b)} + c); }
 
 // ---- dot products of bytes
 template <class A, class B>
@@ -115,6 +116,7 @@ void decode_integer(Decoder& d, const std::string& name) {
     return;
   }
   const bool saturated = d.take("sat"), relu = d.take("relu");
+  if (saturated && relu) d.refuse(".sat with .relu");
   const Type type = as_integer(d);
   const bool unary = name == "abs" || name == "neg";
   same_type_operands(d, type, unary ? 1 : 2);
@@ -227,11 +229,12 @@ Handler carry_handler(bool is_add, bool in, bool out) {
 void decode_carry(Decoder& d, bool is_add, bool carry_in) {
   const bool carry_out = d.take("cc") || !carry_in;
   const Type type = as_integer(d);
+  if (type != Type::U32 && type != Type::S32 && type != Type::U64 && type != Type::S64)
+    d.refuse("sums with carry have 32 or 64 bits");
   same_type_operands(d, type, 2);
   d.inst.o[3] = carry_flag(d);
-  if (bits_of(type) == 32) d.inst.run = carry_handler<uint32_t>(is_add, carry_in, carry_out);
-  else if (bits_of(type) == 64) d.inst.run = carry_handler<uint64_t>(is_add, carry_in, carry_out);
-  else d.refuse("sums with carry have 32 or 64 bits");
+  d.inst.run = bits_of(type) == 32 ? carry_handler<uint32_t>(is_add, carry_in, carry_out)
+                                   : carry_handler<uint64_t>(is_add, carry_in, carry_out);
 }
 
 namespace {
@@ -254,10 +257,13 @@ void decode_sad(Decoder& d) {
 }
 
 void decode_mul24(Decoder& d) {
-  const bool high = d.take_one({"lo", "hi"}) == 1, is_mad = d.name() == "mad24";
+  const bool high = d.take_one({"lo", "hi"}) == 1, is_mad = d.name() == "mad24", saturated = d.take("sat");
   const Type type = as_integer(d);
   same_type_operands(d, type, is_mad ? 3 : 2);
-  if (type == Type::U32) {
+  if (saturated) {
+    if (!is_mad || !high || type != Type::S32) d.refuse(".sat is for mad24.hi.s32");
+    d.inst.run = &Lanewise<&mad24_hi_sat>::run;
+  } else if (type == Type::U32) {
     d.inst.run = is_mad ? (high ? &Lanewise<&mad24_hi<uint32_t>>::run : &Lanewise<&mad24_lo<uint32_t>>::run)
                         : (high ? &Lanewise<&mul24_hi<uint32_t>>::run : &Lanewise<&mul24_lo<uint32_t>>::run);
   } else if (type == Type::S32) {

@@ -9,23 +9,27 @@ namespace {
 
 template <class T> T same(T a) { return a; }
 
+template <bool kNegated>
 void run_mov_pred(Warp& w, const Inst& inst, Mask lanes) {
+  const Mask value = w.predicate(inst.o[1]);
   Mask& d = w.predicate(inst.o[0]);
-  d = (d & ~lanes) | (w.predicate(inst.o[1]) & lanes);
+  d = (d & ~lanes) | ((kNegated ? ~value : value) & lanes);
   w.flow(inst.o[0], lanes, inst, inst.o[1]);
 }
 
 // mov.b64 %rd, {%r0, %r1}: the first is the lowest
-template <class Whole, class Part>
+// Part: what a register of a part holds, at least 16 bits.
+template <class Whole, class Part, size_t kParts = sizeof(Whole) / sizeof(Part)>
 void run_pack(Warp& w, const Inst& inst, Mask lanes) {
-  constexpr size_t kParts = sizeof(Whole) / sizeof(Part);
+  constexpr size_t kBits = 8 * sizeof(Whole) / kParts;
+  constexpr auto kMask = static_cast<Part>((uint64_t{1} << kBits) - 1);
   Whole* d = w.row<Whole>(inst.o[0]);
   alignas(64) Whole value[kLanes] = {};
   Mask low = kAllLanes, high = kAllLanes;
   for (size_t i = 0; i < kParts; ++i) {
     const Part* s = w.row<Part>(inst.o[1 + i]);
     for (int lane = 0; lane < kLanes; ++lane)
-      value[lane] |= static_cast<Whole>(static_cast<Whole>(s[lane]) << 8 * sizeof(Part) * i);
+      value[lane] |= static_cast<Whole>(static_cast<Whole>(s[lane] & kMask) << kBits * i);
     (i < kParts / 2 ? low : high) &= w.defined[inst.o[1 + i].row];
   }
   merge(d, value, lanes);
@@ -37,15 +41,16 @@ void run_pack(Warp& w, const Inst& inst, Mask lanes) {
   if ((low & high & lanes) != lanes) w.define_halves(inst.o[0], lanes, low, high);
 }
 
-template <class Whole, class Part>
+template <class Whole, class Part, size_t kParts = sizeof(Whole) / sizeof(Part)>
 void run_unpack(Warp& w, const Inst& inst, Mask lanes) {
-  constexpr size_t kParts = sizeof(Whole) / sizeof(Part);
+  constexpr size_t kBits = 8 * sizeof(Whole) / kParts;
+  constexpr auto kMask = static_cast<Part>((uint64_t{1} << kBits) - 1);
   Whole value[kLanes];
   std::copy_n(w.row<Whole>(inst.o[0]), kLanes, value);  // a part may be the whole's own register
   for (size_t i = 0; i < kParts; ++i) {
     Part* d = w.row<Part>(inst.o[1 + i]);
     alignas(64) Part part[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) part[lane] = static_cast<Part>(value[lane] >> 8 * sizeof(Part) * i);
+    for (int lane = 0; lane < kLanes; ++lane) part[lane] = static_cast<Part>(value[lane] >> kBits * i) & kMask;
     merge(d, part, lanes);
     const Mask known = i < kParts / 2 ? w.low_defined(inst.o[0].row) : w.high_defined(inst.o[0].row);
     if ((known & lanes) == lanes) {
@@ -90,11 +95,14 @@ void decode_vector(Decoder& d, Type type, const Arg& whole, const Arg& parts, bo
   if (bits_of(type) == 32 && count == 2) d.inst.run = is_pack ? &run_pack<uint32_t, uint16_t> : &run_unpack<uint32_t, uint16_t>;
   else if (bits_of(type) == 64 && count == 2) d.inst.run = is_pack ? &run_pack<uint64_t, uint32_t> : &run_unpack<uint64_t, uint32_t>;
   else if (bits_of(type) == 64 && count == 4) d.inst.run = is_pack ? &run_pack<uint64_t, uint16_t> : &run_unpack<uint64_t, uint16_t>;
+  else if (bits_of(type) == 32 && count == 4) d.inst.run = is_pack ? &run_pack<uint32_t, uint16_t, 4> : &run_unpack<uint32_t, uint16_t, 4>;
+  else if (bits_of(type) == 16 && count == 2) d.inst.run = is_pack ? &run_pack<uint16_t, uint16_t, 2> : &run_unpack<uint16_t, uint16_t, 2>;
   else d.refuse("parts of this size are not supported");
 }
 
 void decode_mov(Decoder& d) {
   const Type type = d.take_type();
+  if (is_float(type) && type != Type::F32 && type != Type::F64) d.refuse("type is not supported");
   d.need_args(2, 2);
   d.inst.counted = Class::Int;
   const Arg &to = d.arg(0), &from = d.arg(1);
@@ -103,8 +111,9 @@ void decode_mov(Decoder& d) {
   if (decode_clock(d, type)) return;
   d.inst.o[0] = d.dst(to, type);
   if (type == Type::Pred) {
-    d.inst.o[1] = d.plain_predicate(from);
-    d.inst.run = &run_mov_pred;
+    bool negated = false;
+    d.inst.o[1] = d.predicate(from, negated);
+    d.inst.run = negated ? &run_mov_pred<true> : &run_mov_pred<false>;
     return;
   }
   d.inst.o[1] = d.src(from, type);
