@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import ptxemu
 import pytest
+
+import ptxemu
 
 MODULE = """
 .version 8.8

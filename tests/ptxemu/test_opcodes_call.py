@@ -68,6 +68,32 @@ def test_two_sites_of_one_function(module: ptxemu.Module) -> None:
 
 
 @program(
+    _SCALE
+    + HEADER
+    + """
+setp.gt.u32 %p0, %x0, 600;
+{
+.param .b32 a; .param .b64 b; .param .b32 r;
+st.param.b32 [a], %x0; st.param.b64 [b], 3;
+call (r), scale, (a, b);
+ld.param.b32 %x1, [r];
+st.param.b32 [r], %x0;
+st.param.b32 [a], %x1; st.param.b64 [b], 7;
+@%p0 call (r), scale, (a, b);
+ld.param.b32 %x1, [r];
+}
+st.global.b32 [%out], %x1;
+ret;
+}
+"""
+)
+def test_lanes_that_do_not_call(module: ptxemu.Module) -> None:
+    """The variable of the result stays as it is in those lanes."""
+    values, out = run(module)
+    assert out == [21 * x if x > 600 else x for x in values]
+
+
+@program(
     """
 .func (.param .b32 r) fib(.param .b32 n)
 ;

@@ -7,7 +7,7 @@ import torch
 
 from ptxemu import sm90
 from ptxemu.checkers import words
-from ptxemu.sm90 import BUFFER, bulk_load, init, wait
+from ptxemu.sm90 import BUFFER, END, bulk_load, bulk_store, init, wait
 from ptxemu.test_sm90_clusters import NEXT, OUT, SEEDS, SYNC, each_seed
 
 
@@ -120,3 +120,11 @@ def test_copies_into_another_block() -> None:
         wrong = body.replace("128, [r6]", "128, [bars]")
         result = sm90.run(wrong, x, words(64), grid=2, cluster=2, seed=seed)
         result.first("invalid", "the mbarrier is in another block than the data")
+
+
+def test_stores_come_from_the_own_block() -> None:
+    body = f"""{SYNC}{NEXT}{BUFFER}
+    mapa.shared::cluster.u32 r5, r0, r4;
+    {bulk_store(128, of="r5", mark=" // here")}{END}{SYNC}"""
+    for result in each_seed(body, 2):
+        result.only("invalid", "copies from the block's own shared memory only")

@@ -8,7 +8,8 @@
 namespace ptxemu {
 
 Addresses addresses(Warp& w, const Inst& inst, Operand base, Mask lanes) {
-  if (__builtin_expect((w.defined[base.row] & lanes) != lanes, 0)) w.require_defined(base, lanes, inst, "an address");
+  if (__builtin_expect((w.defined[base.row] & lanes) != lanes, 0))
+    w.require_defined(base, lanes, inst, "an address");
   Addresses a;
   const auto offset = static_cast<uint64_t>(inst.imm);
   if (inst.address_is_64) {
@@ -16,7 +17,8 @@ Addresses addresses(Warp& w, const Inst& inst, Operand base, Mask lanes) {
     for (int lane = 0; lane < kLanes; ++lane) a.at[lane] = from[lane] + offset;
   } else {
     const uint32_t* from = w.row<uint32_t>(base);
-    for (int lane = 0; lane < kLanes; ++lane) a.at[lane] = uint32_t(from[lane] + static_cast<uint32_t>(offset));
+    for (int lane = 0; lane < kLanes; ++lane)
+      a.at[lane] = uint32_t(from[lane] + static_cast<uint32_t>(offset));
   }
   return a;
 }
@@ -25,64 +27,79 @@ namespace {
 
 Space space_of(uint64_t address) {
   switch (address / kWindow) {
-    case kSharedWindow / kWindow: return Space::Shared;
-    case kLocalWindow / kWindow: return Space::Local;
-    case kParamWindow / kWindow: return Space::Param;
-    case kConstWindow / kWindow: return Space::Const;
-    default: return Space::Global;
+    case kSharedWindow / kWindow:
+      return Space::Shared;
+    case kLocalWindow / kWindow:
+      return Space::Local;
+    case kParamWindow / kWindow:
+      return Space::Param;
+    case kConstWindow / kWindow:
+      return Space::Const;
+    default:
+      return Space::Global;
   }
 }
 
-Location out_of_bounds(Warp& w, const Inst& inst, int lane, bool is_write, const std::string& what) {
-  w.report(Kind::OutOfBounds, inst, 1u << lane, std::string(is_write ? "writes " : "reads ") + what);
+Location out_of_bounds(Warp& w, const Inst& inst, int lane, bool is_write,
+                       const std::string& what) {
+  w.report(Kind::OutOfBounds, inst, 1u << lane,
+           std::string(is_write ? "writes " : "reads ") + what);
   return {};
 }
 
-Location locate_shared(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes, bool is_write) {
+Location locate_shared(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes,
+                       bool is_write) {
   Location l;
   l.space = Space::Shared;
   const uint64_t rank = address >> kClusterShift;
   l.offset = address & ((uint64_t{1} << kClusterShift) - 1);
   l.block = w.block;
   if (rank > w.block->cluster->blocks.size())
-    return out_of_bounds(w, inst, lane, is_write, "shared address " + std::to_string(address) + ", which is of no block");
+    return out_of_bounds(w, inst, lane, is_write,
+                         "shared address " + std::to_string(address) + ", which is of no block");
   if (rank) l.block = w.block->cluster->blocks[rank - 1].get();
   SharedMemory& s = *l.block->shared;
   if (l.offset + bytes > s.size())
-    return out_of_bounds(w, inst, lane, is_write, "shared bytes " + std::to_string(l.offset) + " to " +
-                                                      std::to_string(l.offset + bytes - 1) + ", the block has " +
-                                                      std::to_string(s.size()));
+    return out_of_bounds(w, inst, lane, is_write,
+                         "shared bytes " + std::to_string(l.offset) + " to " +
+                             std::to_string(l.offset + bytes - 1) + ", the block has " +
+                             std::to_string(s.size()));
   l.host = s.bytes() + l.offset;
   return l;
 }
 
-Location locate_local(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes, bool is_write) {
+Location locate_local(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes,
+                      bool is_write) {
   Location l;
   l.space = Space::Local;
   l.offset = address;
   if (address + bytes > w.local[lane].size())
-    return out_of_bounds(w, inst, lane, is_write, "local bytes " + std::to_string(address) + " to " +
-                                                      std::to_string(address + bytes - 1) + ", the lane has " +
-                                                      std::to_string(w.local[lane].size()));
+    return out_of_bounds(w, inst, lane, is_write,
+                         "local bytes " + std::to_string(address) + " to " +
+                             std::to_string(address + bytes - 1) + ", the lane has " +
+                             std::to_string(w.local[lane].size()));
   l.host = w.local[lane].data() + address;
   return l;
 }
 
-Location locate_param(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes, bool is_write) {
+Location locate_param(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes,
+                      bool is_write) {
   Location l;
   l.space = Space::Param;
   l.offset = address;
   std::vector<uint8_t>& own = w.frame->params[lane];
   std::vector<uint8_t>& bank = own.empty() ? w.launch->config.params : own;
   if (address + bytes > bank.size())
-    return out_of_bounds(w, inst, lane, is_write, "parameter bytes " + std::to_string(address) + " to " +
-                                                      std::to_string(address + bytes - 1) + " of " +
-                                                      std::to_string(bank.size()));
+    return out_of_bounds(w, inst, lane, is_write,
+                         "parameter bytes " + std::to_string(address) + " to " +
+                             std::to_string(address + bytes - 1) + " of " +
+                             std::to_string(bank.size()));
   l.host = bank.data() + address;
   return l;
 }
 
-Location locate_global(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes, bool is_write) {
+Location locate_global(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes,
+                       bool is_write) {
   Location l;
   Allocation* a = w.launch->memory.find(address);
   const uint64_t offset = a ? address - a->base : 0;
@@ -102,15 +119,15 @@ Location locate_global(Warp& w, const Inst& inst, int lane, uint64_t address, ui
 
 }  // namespace
 
-Location locate(Warp& w, const Inst& inst, int lane, Space space, uint64_t address, uint64_t bytes, uint64_t align,
-                bool is_write) {
+Location locate(Warp& w, const Inst& inst, int lane, Space space, uint64_t address, uint64_t bytes,
+                uint64_t align, bool is_write) {
   if (__builtin_expect((address & (align - 1)) != 0, 0)) {
-    w.report(Kind::Misaligned, inst, 1u << lane,
-             "address 0x" + [&] {
-               char text[20];
-               std::snprintf(text, sizeof text, "%llx", static_cast<unsigned long long>(address));
-               return std::string(text);
-             }() + " is not a multiple of " + std::to_string(align));
+    w.report(
+        Kind::Misaligned, inst, 1u << lane, "address 0x" + [&] {
+          char text[20];
+          std::snprintf(text, sizeof text, "%llx", static_cast<unsigned long long>(address));
+          return std::string(text);
+        }() + " is not a multiple of " + std::to_string(align));
     return {};
   }
   if (space == Space::Generic) {
@@ -118,11 +135,15 @@ Location locate(Warp& w, const Inst& inst, int lane, Space space, uint64_t addre
     if (space != Space::Global) address %= kWindow;
   }
   switch (space) {
-    case Space::Global: return locate_global(w, inst, lane, address, bytes, is_write);
+    case Space::Global:
+      return locate_global(w, inst, lane, address, bytes, is_write);
     case Space::Shared:
-    case Space::SharedCluster: return locate_shared(w, inst, lane, address, bytes, is_write);
-    case Space::Local: return locate_local(w, inst, lane, address, bytes, is_write);
-    case Space::Param: return locate_param(w, inst, lane, address, bytes, is_write);
+    case Space::SharedCluster:
+      return locate_shared(w, inst, lane, address, bytes, is_write);
+    case Space::Local:
+      return locate_local(w, inst, lane, address, bytes, is_write);
+    case Space::Param:
+      return locate_param(w, inst, lane, address, bytes, is_write);
     case Space::Const: {
       Location l;
       l.space = Space::Const;
@@ -132,12 +153,14 @@ Location locate(Warp& w, const Inst& inst, int lane, Space space, uint64_t addre
       l.host = w.launch->module.constants.data() + address;
       return l;
     }
-    case Space::Generic: break;
+    case Space::Generic:
+      break;
   }
   throw std::logic_error("an access in no space");
 }
 
-bool read_memory(Warp& w, const Inst& inst, int lane, const Location& from, uint64_t bytes, void* to, bool atomic) {
+bool read_memory(Warp& w, const Inst& inst, int lane, const Location& from, uint64_t bytes,
+                 void* to, bool atomic) {
   std::memcpy(to, from.host, bytes);
   const auto all_set = [&](const std::vector<uint8_t>& defined) {
     for (uint64_t i = 0; i < bytes; ++i)
@@ -155,21 +178,24 @@ bool read_memory(Warp& w, const Inst& inst, int lane, const Location& from, uint
       return s.defined(from.offset, bytes);
     }
     case Space::Global: {
-      if (from.allocation->tags && !check_global_read(w, inst, lane, from, bytes, atomic)) return false;
+      if (from.allocation->tags && !check_global_read(w, inst, lane, from, bytes, atomic))
+        return false;
       if (!from.allocation->shadow) return true;
       for (uint64_t i = 0; i < bytes; ++i)
         if (from.allocation->shadow[from.offset + i] & kUndefined) return false;
       return true;
     }
-    case Space::Local: return all_set(w.local_defined[lane]);
+    case Space::Local:
+      return all_set(w.local_defined[lane]);
     case Space::Param:
       return w.frame->params_defined[lane].empty() || all_set(w.frame->params_defined[lane]);
-    default: return true;
+    default:
+      return true;
   }
 }
 
-void write_memory(Warp& w, const Inst& inst, int lane, const Location& to, uint64_t bytes, const void* from, bool known,
-                  bool atomic) {
+void write_memory(Warp& w, const Inst& inst, int lane, const Location& to, uint64_t bytes,
+                  const void* from, bool known, bool atomic) {
   if (std::memcmp(to.host, from, bytes) != 0) w.launch->polls_in_vain = 0;
   if (to.space == Space::Shared) {
     SharedMemory& s = *to.block->shared;
@@ -181,11 +207,13 @@ void write_memory(Warp& w, const Inst& inst, int lane, const Location& to, uint6
   if (to.space == Space::Global) note_global_write(w, inst, lane, to, bytes, from, atomic);
   std::memcpy(to.host, from, bytes);
   if (to.space == Space::Global && to.allocation->shadow) {
-    for (uint64_t i = 0; i < bytes; ++i) to.allocation->shadow[to.offset + i] &= static_cast<uint8_t>(~kUndefined);
+    for (uint64_t i = 0; i < bytes; ++i)
+      to.allocation->shadow[to.offset + i] &= static_cast<uint8_t>(~kUndefined);
   } else if (to.space == Space::Local) {
     std::fill_n(w.local_defined[lane].begin() + static_cast<ptrdiff_t>(to.offset), bytes, known);
   } else if (to.space == Space::Param && !w.frame->params_defined[lane].empty()) {
-    std::fill_n(w.frame->params_defined[lane].begin() + static_cast<ptrdiff_t>(to.offset), bytes, known);
+    std::fill_n(w.frame->params_defined[lane].begin() + static_cast<ptrdiff_t>(to.offset), bytes,
+                known);
   }
 }
 
@@ -213,8 +241,8 @@ void count_sectors(Warp& w, const Inst& inst, Mask lanes, const Addresses& a, ui
   stats.ideal += std::min<uint64_t>(static_cast<uint64_t>(count), (span + 31) / 32);
 }
 
-// 32 banks of 4 bytes. Lanes that read the same word share a wavefront; accesses of 8 and 16 bytes go in halves and
-// quarters of a warp, each one wavefront at best.
+// 32 banks of 4 bytes. Lanes that read the same word share a wavefront; accesses of 8 and 16 bytes
+// go in halves and quarters of a warp, each one wavefront at best.
 void count_wavefronts(Warp& w, const Inst& inst, Mask lanes, const Addresses& a, uint64_t bytes) {
   const int words = static_cast<int>((bytes + 3) / 4), group = kLanes / words;
   uint64_t actual = 0, ideal = 0;

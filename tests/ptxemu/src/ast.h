@@ -1,4 +1,5 @@
-// What the parser makes of PTX text: modules, functions and statements, registers already resolved by scope.
+// What the parser makes of PTX text: modules, functions and statements, registers already resolved
+// by scope.
 #pragma once
 
 #include <map>
@@ -11,7 +12,19 @@ namespace ptxemu {
 
 /// One operand as written.
 struct Arg {
-  enum class Kind { Register, Special, Integer, Float32, Float64, Symbol, Vector, Address, Pair, Sink, List };
+  enum class Kind {
+    Register,
+    Special,
+    Integer,
+    Float32,
+    Float64,
+    Symbol,
+    Vector,
+    Address,
+    Pair,
+    Sink,
+    List
+  };
   Kind kind = Kind::Sink;
   int reg = -1;               // Register: index into FunctionAst::registers
   bool negated = false;       // !p
@@ -28,7 +41,7 @@ struct SourceLine {
 };
 
 struct Statement {
-  int line = 0;  // of the PTX text
+  int line = 0;     // of the PTX text
   int source = -1;  // index into ModuleAst::sources, -1 without -lineinfo
   int guard = -1;
   bool guard_negated = false;
@@ -50,9 +63,9 @@ struct Variable {
   Type type = Type::None;
   int line = 0;
   bool is_array = false;
-  bool is_extern = false;                                       // dynamic shared memory
-  std::vector<uint8_t> initial;                                 // shorter than bytes: the rest is zero
-  std::vector<std::pair<uint64_t, Arg>> addresses;              // initial pointers: where, to what
+  bool is_extern = false;                           // dynamic shared memory
+  std::vector<uint8_t> initial;                     // shorter than bytes: the rest is zero
+  std::vector<std::pair<uint64_t, Arg>> addresses;  // initial pointers: where, to what
 };
 
 struct Label {
@@ -70,9 +83,9 @@ struct FunctionAst {
   std::vector<Variable> variables;  // .shared, .local and .param of the body
   std::vector<Statement> statements;
   std::vector<Label> labels;
-  std::vector<int> scope_parent;                             // of the scope with this index; -1 for the body
+  std::vector<int> scope_parent;  // of the scope with this index; -1 for the body
   std::map<std::string, std::vector<std::string>> branch_tables;  // .branchtargets
-  std::vector<int> required_threads;                         // .reqntid
+  std::vector<int> required_threads;                              // .reqntid
 };
 
 struct ModuleAst {

@@ -1,7 +1,7 @@
 // Basic blocks and post-dominators: where the paths of lanes that part come together again.
 //
-// Post-dominators by the iterative algorithm of Cooper, Harvey and Kennedy ("A Simple, Fast Dominance Algorithm", 2001),
-// run on the reversed graph from one virtual exit.
+// Post-dominators by the iterative algorithm of Cooper, Harvey and Kennedy ("A Simple, Fast
+// Dominance Algorithm", 2001), run on the reversed graph from one virtual exit.
 #include <algorithm>
 #include <set>
 
@@ -9,7 +9,6 @@
 
 namespace ptxemu {
 namespace {
-
 
 std::vector<int> successors(const Function& f, int at) {
   const Inst& inst = f.code[at];
@@ -62,7 +61,8 @@ std::vector<int> post_dominators(const std::vector<BasicBlock>& blocks) {
     }
   };
   visit(exit);
-  // A loop without end reaches no exit: an edge from one of its blocks makes it post-dominated by the exit alone.
+  // A loop without end reaches no exit: an edge from one of its blocks makes it post-dominated by
+  // the exit alone.
   for (int b = exit - 1; b >= 0; --b)
     if (order[b] < 0) {
       after[b].push_back(exit);
@@ -109,7 +109,8 @@ void find_blocks(Function& f) {
     BasicBlock block;
     block.first = *start;
     block.last = (std::next(start) == starts.end() ? size : *std::next(start)) - 1;
-    for (int i = block.first; i <= block.last; ++i) f.code[i].block = static_cast<int>(f.blocks.size());
+    for (int i = block.first; i <= block.last; ++i)
+      f.code[i].block = static_cast<int>(f.blocks.size());
     f.blocks.push_back(std::move(block));
   }
   for (BasicBlock& block : f.blocks)
@@ -118,7 +119,8 @@ void find_blocks(Function& f) {
   std::vector<std::vector<int>> children(parent.size());
   const int exit = static_cast<int>(f.blocks.size());
   for (int b = 0; b < exit; ++b) children[parent[b]].push_back(b);
-  // Times of entering and leaving each block in a walk of the tree answer "does c post-dominate b" in two comparisons.
+  // Times of entering and leaving each block in a walk of the tree answer "does c post-dominate b"
+  // in two comparisons.
   std::vector<std::pair<int, size_t>> stack{{exit, 0}};
   int time = 0;
   while (!stack.empty()) {

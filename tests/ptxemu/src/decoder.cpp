@@ -11,21 +11,45 @@ constexpr int kRowAlign = 64;  // a row starts on a cache line, and vector loads
 const std::map<std::string, SpecialKind>& special_names() {
   using K = SpecialKind;
   static const std::map<std::string, SpecialKind> kNames = {
-      {"%tid.x", K::TidX}, {"%tid.y", K::TidY}, {"%tid.z", K::TidZ},
-      {"%ntid.x", K::NtidX}, {"%ntid.y", K::NtidY}, {"%ntid.z", K::NtidZ},
-      {"%ctaid.x", K::CtaidX}, {"%ctaid.y", K::CtaidY}, {"%ctaid.z", K::CtaidZ},
-      {"%nctaid.x", K::NctaidX}, {"%nctaid.y", K::NctaidY}, {"%nctaid.z", K::NctaidZ},
-      {"%laneid", K::LaneId}, {"%warpid", K::WarpId}, {"%nwarpid", K::NwarpId},
-      {"%smid", K::SmId}, {"%nsmid", K::NsmId}, {"%gridid", K::GridId},
-      {"%lanemask_eq", K::LanemaskEq}, {"%lanemask_lt", K::LanemaskLt}, {"%lanemask_le", K::LanemaskLe},
-      {"%lanemask_gt", K::LanemaskGt}, {"%lanemask_ge", K::LanemaskGe},
-      {"%cluster_ctarank", K::ClusterCtaRank}, {"%cluster_nctarank", K::ClusterNctaRank},
-      {"%cluster_ctaid.x", K::ClusterCtaidX}, {"%cluster_ctaid.y", K::ClusterCtaidY},
-      {"%cluster_ctaid.z", K::ClusterCtaidZ}, {"%cluster_nctaid.x", K::ClusterNctaidX},
-      {"%cluster_nctaid.y", K::ClusterNctaidY}, {"%cluster_nctaid.z", K::ClusterNctaidZ},
-      {"%clusterid.x", K::ClusteridX}, {"%clusterid.y", K::ClusteridY}, {"%clusterid.z", K::ClusteridZ},
-      {"%nclusterid.x", K::NclusteridX}, {"%nclusterid.y", K::NclusteridY}, {"%nclusterid.z", K::NclusteridZ},
-      {"%dynamic_smem_size", K::DynamicSmem}, {"%total_smem_size", K::TotalSmem}};
+      {"%tid.x", K::TidX},
+      {"%tid.y", K::TidY},
+      {"%tid.z", K::TidZ},
+      {"%ntid.x", K::NtidX},
+      {"%ntid.y", K::NtidY},
+      {"%ntid.z", K::NtidZ},
+      {"%ctaid.x", K::CtaidX},
+      {"%ctaid.y", K::CtaidY},
+      {"%ctaid.z", K::CtaidZ},
+      {"%nctaid.x", K::NctaidX},
+      {"%nctaid.y", K::NctaidY},
+      {"%nctaid.z", K::NctaidZ},
+      {"%laneid", K::LaneId},
+      {"%warpid", K::WarpId},
+      {"%nwarpid", K::NwarpId},
+      {"%smid", K::SmId},
+      {"%nsmid", K::NsmId},
+      {"%gridid", K::GridId},
+      {"%lanemask_eq", K::LanemaskEq},
+      {"%lanemask_lt", K::LanemaskLt},
+      {"%lanemask_le", K::LanemaskLe},
+      {"%lanemask_gt", K::LanemaskGt},
+      {"%lanemask_ge", K::LanemaskGe},
+      {"%cluster_ctarank", K::ClusterCtaRank},
+      {"%cluster_nctarank", K::ClusterNctaRank},
+      {"%cluster_ctaid.x", K::ClusterCtaidX},
+      {"%cluster_ctaid.y", K::ClusterCtaidY},
+      {"%cluster_ctaid.z", K::ClusterCtaidZ},
+      {"%cluster_nctaid.x", K::ClusterNctaidX},
+      {"%cluster_nctaid.y", K::ClusterNctaidY},
+      {"%cluster_nctaid.z", K::ClusterNctaidZ},
+      {"%clusterid.x", K::ClusteridX},
+      {"%clusterid.y", K::ClusteridY},
+      {"%clusterid.z", K::ClusteridZ},
+      {"%nclusterid.x", K::NclusteridX},
+      {"%nclusterid.y", K::NclusteridY},
+      {"%nclusterid.z", K::NclusteridZ},
+      {"%dynamic_smem_size", K::DynamicSmem},
+      {"%total_smem_size", K::TotalSmem}};
   return kNames;
 }
 
@@ -38,7 +62,8 @@ Rows::Rows(Function& function) : function_(function) {
     Operand place;
     place.at = static_cast<uint32_t>(function.register_bytes);
     place.row = function.rows++;
-    const size_t bytes = r.type == Type::Pred ? sizeof(Mask) : size_t{kLanes} * std::max(bytes_of(r.type), 2);
+    const size_t bytes =
+        r.type == Type::Pred ? sizeof(Mask) : size_t{kLanes} * std::max(bytes_of(r.type), 2);
     function.register_bytes += (bytes + kRowAlign - 1) / kRowAlign * kRowAlign;
     function.register_places.push_back(place);
   }
@@ -60,7 +85,8 @@ Operand Rows::constant(uint64_t bits, int size) {
   if (is_new) {
     found->second = add(std::max(size, 2));
     for (int lane = 0; lane < kLanes; ++lane)
-      std::memcpy(bytes(found->second) + lane * std::max(size, 2), &bits, std::min(std::max(size, 2), 8));
+      std::memcpy(bytes(found->second) + lane * std::max(size, 2), &bits,
+                  std::min(std::max(size, 2), 8));
   }
   return found->second;
 }
@@ -104,7 +130,9 @@ std::string Decoder::text() const {
   return all;
 }
 
-void Decoder::refuse(const std::string& why) const { throw PtxError(statement_.line, text() + ": " + why); }
+void Decoder::refuse(const std::string& why) const {
+  throw PtxError(statement_.line, text() + ": " + why);
+}
 
 void Decoder::set_modifiers(std::vector<std::string> words) { modifiers_ = std::move(words); }
 
@@ -123,7 +151,8 @@ int Decoder::take_one(std::initializer_list<const char*> modifiers, int otherwis
   }
   if (otherwise < 0) {
     std::string list;
-    for (const char* modifier : modifiers) list += std::string(list.empty() ? "." : ", .") + modifier;
+    for (const char* modifier : modifiers)
+      list += std::string(list.empty() ? "." : ", .") + modifier;
     refuse("needs one of " + list);
   }
   return otherwise;
@@ -180,19 +209,22 @@ Operand Decoder::special(const Arg& a, Type type, int* bytes) {
   if (a.name == "WARP_SZ") return rows_.constant(kLanes, bytes_of(type));
   const auto found = special_names().find(a.name);
   if (found == special_names().end()) refuse("special register " + a.name + " is not supported");
-  if (bits_of(type) != 32 && bits_of(type) != 64) refuse(a.name + " in a type of neither 32 nor 64 bits");
+  if (bits_of(type) != 32 && bits_of(type) != 64)
+    refuse(a.name + " in a type of neither 32 nor 64 bits");
   if (bytes) *bytes = bytes_of(type);
   return rows_.special(found->second, bytes_of(type));
 }
 
 // The address of a variable, in its own space.
 Operand Decoder::symbol(const Arg& a, Type type) {
-  if (bits_of(type) != 32 && bits_of(type) != 64) refuse("an address in a type of neither 32 nor 64 bits");
+  if (bits_of(type) != 32 && bits_of(type) != 64)
+    refuse("an address in a type of neither 32 nor 64 bits");
   const auto local = function.names.find(a.name);
   const auto global = module.names.find(a.name);
   if (local != function.names.end()) {
     const Place& place = local->second;
-    if (place.space == Space::Local) return rows_.local_address(place.address + a.offset, bytes_of(type));
+    if (place.space == Space::Local)
+      return rows_.local_address(place.address + a.offset, bytes_of(type));
     return rows_.constant(place.address + a.offset, bytes_of(type));
   }
   if (global == module.names.end()) refuse(a.name + " is not declared");
@@ -211,8 +243,10 @@ Operand Decoder::parameter_in_local(const Arg& a, Type type) {
   if (std::none_of(function.params.begin(), function.params.end(), is_same))
     refuse("the address of " + a.name + ", which is no parameter of the function");
   auto& copies = function.parameters_in_local;
-  const auto known = std::find_if(copies.begin(), copies.end(), [&](const auto& c) { return is_same(c.first); });
-  if (known != copies.end()) return rows_.local_address(known->second.address + a.offset, bytes_of(type));
+  const auto known =
+      std::find_if(copies.begin(), copies.end(), [&](const auto& c) { return is_same(c.first); });
+  if (known != copies.end())
+    return rows_.local_address(known->second.address + a.offset, bytes_of(type));
   const Place copy{Space::Local, function.local_bytes, place.bytes};
   function.local_bytes += (place.bytes + 15) / 16 * 16;
   copies.emplace_back(place, copy);
@@ -229,7 +263,8 @@ Operand Decoder::operand(const Arg& a, Type type, bool is_destination, int* byte
         refuse(a.name + " is of type ." + name_of(declared) + ", needs ." + name_of(type));
       const int have = std::max(bytes_of(declared), 2);
       if (type != Type::Pred && (bytes ? have < bytes_of(type) : have != needed))
-        refuse(a.name + " has " + std::to_string(bits_of(declared)) + " bits, ." + name_of(type) + " does not fit");
+        refuse(a.name + " has " + std::to_string(bits_of(declared)) + " bits, ." + name_of(type) +
+               " does not fit");
       if (bytes) *bytes = have;
       if (a.negated) refuse("operand !" + a.name);
       return rows_.reg(a.reg);
@@ -247,7 +282,8 @@ Operand Decoder::operand(const Arg& a, Type type, bool is_destination, int* byte
       if (type == Type::F32 || type == Type::F64) refuse("an integer where a float is needed");
       return rows_.constant(a.bits, needed);
     case Arg::Kind::Float32:
-      if (bits_of(type) != 32) refuse("a 32-bit float where ." + std::string(name_of(type)) + " is needed");
+      if (bits_of(type) != 32)
+        refuse("a 32-bit float where ." + std::string(name_of(type)) + " is needed");
       return rows_.constant(a.bits, 4);
     case Arg::Kind::Float64:
       if (bits_of(type) == 64) return rows_.constant(a.bits, 8);
@@ -271,8 +307,12 @@ Operand Decoder::operand(const Arg& a, Type type, bool is_destination, int* byte
 
 Operand Decoder::dst(const Arg& a, Type type) { return operand(a, type, true, nullptr); }
 Operand Decoder::src(const Arg& a, Type type) { return operand(a, type, false, nullptr); }
-Operand Decoder::wide_dst(const Arg& a, Type type, int& bytes) { return operand(a, type, true, &bytes); }
-Operand Decoder::wide_src(const Arg& a, Type type, int& bytes) { return operand(a, type, false, &bytes); }
+Operand Decoder::wide_dst(const Arg& a, Type type, int& bytes) {
+  return operand(a, type, true, &bytes);
+}
+Operand Decoder::wide_src(const Arg& a, Type type, int& bytes) {
+  return operand(a, type, false, &bytes);
+}
 
 Operand Decoder::predicate(const Arg& a, bool& negated) {
   Arg plain = a;
@@ -293,7 +333,8 @@ Operand Decoder::address(const Arg& base, int64_t offset) {
   inst.address_is_64 = true;
   if (base.kind == Arg::Kind::Register) {
     const int bits = bits_of(function.registers[base.reg].type);
-    if (bits != 32 && bits != 64) refuse("the address " + base.name + " has " + std::to_string(bits) + " bits");
+    if (bits != 32 && bits != 64)
+      refuse("the address " + base.name + " has " + std::to_string(bits) + " bits");
     inst.address_is_64 = bits == 64;
     return rows_.reg(base.reg);
   }

@@ -1,5 +1,5 @@
-// Helps an opcode's decode function to turn a statement into an instruction: it hands out modifiers and operands,
-// and whatever is not asked for is refused.
+// Helps an opcode's decode function to turn a statement into an instruction: it hands out modifiers
+// and operands, and whatever is not asked for is refused.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,9 @@ class Rows {
 
  private:
   Operand add(int bytes_per_lane);
-  uint8_t* bytes(Operand o) { return function_.constants.data() + (o.at - function_.register_bytes); }
+  uint8_t* bytes(Operand o) {
+    return function_.constants.data() + (o.at - function_.register_bytes);
+  }
 
   Function& function_;
   std::map<std::pair<uint64_t, int>, Operand> constants_;
@@ -35,9 +37,14 @@ class Rows {
 
 class Decoder {
  public:
-  Decoder(Module& module, Function& function, const FunctionAst& ast, Rows& rows, const Statement& statement,
-          Inst& inst)
-      : inst(inst), module(module), function(function), ast(ast), statement_(statement), rows_(rows) {}
+  Decoder(Module& module, Function& function, const FunctionAst& ast, Rows& rows,
+          const Statement& statement, Inst& inst)
+      : inst(inst),
+        module(module),
+        function(function),
+        ast(ast),
+        statement_(statement),
+        rows_(rows) {}
 
   Inst& inst;
   Module& module;
@@ -119,9 +126,10 @@ struct Opcode {
 };
 
 /// The table of opcodes, one part a file of ops/.
-extern const std::vector<Opcode> kIntegerOpcodes, kBitOpcodes, kFloatOpcodes, kCompareOpcodes, kConvertOpcodes,
-    kMoveOpcodes, kMemoryOpcodes, kAtomicOpcodes, kWarpOpcodes, kBarrierOpcodes, kAsyncOpcodes, kMatrixOpcodes,
-    kWgmmaOpcodes, kMbarrierOpcodes, kBulkOpcodes, kTensorMapOpcodes, kControlOpcodes, kSystemOpcodes;
+extern const std::vector<Opcode> kIntegerOpcodes, kBitOpcodes, kFloatOpcodes, kCompareOpcodes,
+    kConvertOpcodes, kMoveOpcodes, kMemoryOpcodes, kAtomicOpcodes, kWarpOpcodes, kBarrierOpcodes,
+    kAsyncOpcodes, kMatrixOpcodes, kWgmmaOpcodes, kMbarrierOpcodes, kBulkOpcodes, kTensorMapOpcodes,
+    kControlOpcodes, kSystemOpcodes;
 const Opcode* find_opcode(const std::vector<std::string>& words, size_t& used);
 std::vector<std::string> opcode_names();
 

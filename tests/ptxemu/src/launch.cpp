@@ -8,18 +8,30 @@
 namespace ptxemu {
 namespace {
 
-constexpr uint64_t kLongestTurn = 256;       // warp instructions before another warp may go on
-// Polls in vain of every warp that still runs, until another block comes; and where there is none, until nothing will.
+constexpr uint64_t kLongestTurn = 256;  // warp instructions before another warp may go on
+// Polls in vain of every warp that still runs, until another block comes; and where there is none,
+// until nothing will.
 constexpr uint64_t kPollsUntilMore = 200, kPollsInVain = 3000;
 
-// Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical Specifications per Compute
-// Capability").
+// Bytes of shared memory that a block may have (CUDA C++ Programming Guide, "Technical
+// Specifications per Compute Capability").
 uint64_t shared_limit(int target) {
   switch (target) {
-    case 80: case 87: return 163 * 1024;
-    case 86: case 89: case 120: case 121: return 99 * 1024;
-    case 90: case 100: case 101: case 103: return 227 * 1024;
-    default: return target < 80 ? 64 * 1024 : 227 * 1024;
+    case 80:
+    case 87:
+      return 163 * 1024;
+    case 86:
+    case 89:
+    case 120:
+    case 121:
+      return 99 * 1024;
+    case 90:
+    case 100:
+    case 101:
+    case 103:
+      return 227 * 1024;
+    default:
+      return target < 80 ? 64 * 1024 : 227 * 1024;
   }
 }
 
@@ -33,22 +45,23 @@ void check(const Module& module, const Function& entry, const LaunchConfig& c) {
     if (!good) throw std::invalid_argument(what);
   };
   const uint64_t threads = c.block.count();
-  need(threads >= 1 && threads <= 1024, "block: " + std::to_string(threads) + " threads, needs 1 to 1024");
+  need(threads >= 1 && threads <= 1024,
+       "block: " + std::to_string(threads) + " threads, needs 1 to 1024");
   need(c.grid.count() >= 1, "grid: has no block");
   need(c.cluster.count() >= 1 && c.cluster.count() <= 16, "cluster: needs 1 to 16 blocks");
   need(c.grid.x % c.cluster.x == 0 && c.grid.y % c.cluster.y == 0 && c.grid.z % c.cluster.z == 0,
        "cluster: does not divide the grid");
   const uint64_t shared = module.dynamic_shared_at + c.dynamic_shared;
   need(shared <= shared_limit(module.ast.target),
-       "shared: the block needs " + std::to_string(shared) + " bytes, " + module.ast.target_name + " has " +
-           std::to_string(shared_limit(module.ast.target)));
+       "shared: the block needs " + std::to_string(shared) + " bytes, " + module.ast.target_name +
+           " has " + std::to_string(shared_limit(module.ast.target)));
   need(entry.is_entry, "entry: " + entry.name + " is no kernel");
   for (const FunctionAst& f : module.ast.functions) {
     if (f.name != entry.name || f.required_threads.empty()) continue;
     uint64_t required = 1;
     for (int n : f.required_threads) required *= static_cast<uint64_t>(n);
-    need(required == threads, "block: " + std::to_string(threads) + " threads, " + entry.name + " was compiled for " +
-                                  std::to_string(required));
+    need(required == threads, "block: " + std::to_string(threads) + " threads, " + entry.name +
+                                  " was compiled for " + std::to_string(required));
   }
 }
 
@@ -76,8 +89,8 @@ std::unique_ptr<Cluster> Launch::make_cluster(const Function& entry, uint64_t in
     block->rank = rank;
     block->id = {at.x * config.cluster.x + inside.x, at.y * config.cluster.y + inside.y,
                  at.z * config.cluster.z + inside.z};
-    block->shared =
-        std::make_unique<SharedMemory>(module.dynamic_shared_at + config.dynamic_shared, module.shared_granule);
+    block->shared = std::make_unique<SharedMemory>(module.dynamic_shared_at + config.dynamic_shared,
+                                                   module.shared_granule);
     for (uint32_t i = 0; i < warps; ++i) {
       auto warp = std::make_unique<Warp>();
       warp->launch = this;
@@ -132,8 +145,8 @@ void Launch::report_deadlock(const char* why) {
   bool barrier_without_all = false;
   for (const auto& cluster : resident) {
     for (const auto& block : cluster->blocks) {
-      text += "\n  block (" + std::to_string(block->id.x) + ", " + std::to_string(block->id.y) + ", " +
-              std::to_string(block->id.z) + ")";
+      text += "\n  block (" + std::to_string(block->id.x) + ", " + std::to_string(block->id.y) +
+              ", " + std::to_string(block->id.z) + ")";
       uint32_t there = 0;
       for (const auto& warp : block->warps) {
         text += "\n    " + warp->position();
@@ -142,7 +155,8 @@ void Launch::report_deadlock(const char* why) {
         at = warp->active ? &warp->code[warp->pc]
                           : &warp->others[0].frame->function->code[warp->others[0].pc];
       }
-      for (const auto& [id, barrier] : block->barriers) barrier_without_all |= barrier.arrived && barrier.expected > there;
+      for (const auto& [id, barrier] : block->barriers)
+        barrier_without_all |= barrier.arrived && barrier.expected > there;
     }
     if (resident.size() > 4) break;
   }
@@ -162,25 +176,32 @@ void Launch::run(const Function& entry) {
     for (const auto& cluster : resident)
       if (cluster->done())
         for (const PendingBulk& copy : cluster->bulk)
-          report.add(Kind::AsyncUnwaited, module, *copy.inst, "the block exits while this copy to its shared memory is under way");
-    resident.erase(std::remove_if(resident.begin(), resident.end(), [](const auto& c) { return c->done(); }),
-                   resident.end());
+          report.add(Kind::AsyncUnwaited, module, *copy.inst,
+                     "the block exits while this copy to its shared memory is under way");
+    resident.erase(
+        std::remove_if(resident.begin(), resident.end(), [](const auto& c) { return c->done(); }),
+        resident.end());
     if (resident.empty()) {
       if (next == total) break;
       resident.push_back(make_cluster(entry, order[next++]));
     }
-    // Blocks that wait for one another must be there together: another one comes when these can't go on.
+    // Blocks that wait for one another must be there together: another one comes when these can't
+    // go on.
     const size_t start = random() % resident.size();
     bool moved = false;
-    for (size_t i = 0; i < resident.size() && !moved; ++i) moved = run_turn(*resident[(start + i) % resident.size()]);
+    for (size_t i = 0; i < resident.size() && !moved; ++i)
+      moved = run_turn(*resident[(start + i) % resident.size()]);
     if (moved && !all_poll_in_vain(next < total ? kPollsUntilMore : kPollsInVain)) {
       if (clock_counter > config.max_instructions) {
-        report_deadlock(("it has not ended after " + std::to_string(clock_counter) + " warp instructions").c_str());
+        report_deadlock(
+            ("it has not ended after " + std::to_string(clock_counter) + " warp instructions")
+                .c_str());
         break;
       }
       continue;
     }
-    if (std::all_of(resident.begin(), resident.end(), [](const auto& c) { return c->done(); })) continue;
+    if (std::all_of(resident.begin(), resident.end(), [](const auto& c) { return c->done(); }))
+      continue;
     if (next == total) {
       report_deadlock(moved ? "every warp polls in vain" : "no warp can go on");
       break;

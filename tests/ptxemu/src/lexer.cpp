@@ -5,7 +5,9 @@
 namespace ptxemu {
 namespace {
 
-bool in_identifier(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%'; }
+bool in_identifier(char c) {
+  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%';
+}
 bool in_dotted(char c) { return in_identifier(c) || c == '.' || c == ':'; }
 bool in_number(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '.'; }
 

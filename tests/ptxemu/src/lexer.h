@@ -1,4 +1,5 @@
-// Characters to words and numbers. PTX needs no token table: what a word means depends on where it stands.
+// Characters to words and numbers. PTX needs no token table: what a word means depends on where it
+// stands.
 #pragma once
 
 #include <string>

@@ -19,9 +19,11 @@ void place_pointers(Module& m) {
     for (const auto& [at, target] : v.addresses) {
       const auto found = m.names.find(target.name);
       if (found == m.names.end() || found->second.space != Space::Global)
-        throw PtxError(v.line, v.name + ": initial value " + target.name + " is no global variable");
+        throw PtxError(v.line,
+                       v.name + ": initial value " + target.name + " is no global variable");
       const uint64_t address = found->second.address + static_cast<uint64_t>(target.offset);
-      if (v.space == Space::Const) std::memcpy(m.constants.data() + m.names.at(v.name).address + at, &address, sizeof address);
+      if (v.space == Space::Const)
+        std::memcpy(m.constants.data() + m.names.at(v.name).address + at, &address, sizeof address);
       for (Global& g : m.globals)
         if (g.name == v.name) std::memcpy(g.bytes.data() + at, &address, sizeof address);
     }
@@ -72,7 +74,8 @@ void place_variables(Module& m) {
     if (v.space == Space::Shared && v.is_extern) align = std::max(align, v.align);
   m.dynamic_shared_at = align_up(shared, align);
   for (const Variable& v : m.ast.variables)
-    if (v.space == Space::Shared && v.is_extern) m.names[v.name] = {Space::Shared, m.dynamic_shared_at, 0};
+    if (v.space == Space::Shared && v.is_extern)
+      m.names[v.name] = {Space::Shared, m.dynamic_shared_at, 0};
 }
 
 void place_parameters(Function& f, const FunctionAst& ast) {
@@ -99,7 +102,8 @@ void place_parameters(Function& f, const FunctionAst& ast) {
   f.local_bytes = align_up(f.local_bytes, 16);
 }
 
-void decode(Module& m, Function& f, const FunctionAst& ast, Rows& rows, const Statement& s, Inst& inst) {
+void decode(Module& m, Function& f, const FunctionAst& ast, Rows& rows, const Statement& s,
+            Inst& inst) {
   inst.line = s.line;
   inst.source = s.source;
   inst.index = m.instructions++;
@@ -109,7 +113,8 @@ void decode(Module& m, Function& f, const FunctionAst& ast, Rows& rows, const St
   if (opcode == nullptr) d.refuse("opcode is not supported");
   d.set_modifiers({s.opcode.begin() + static_cast<std::ptrdiff_t>(used), s.opcode.end()});
   if (s.guard >= 0) {
-    if (f.registers[static_cast<size_t>(s.guard)].type != Type::Pred) d.refuse("its condition is no predicate");
+    if (f.registers[static_cast<size_t>(s.guard)].type != Type::Pred)
+      d.refuse("its condition is no predicate");
     inst.guarded = true;
     inst.guard_negated = s.guard_negated;
     inst.guard = rows.reg(s.guard);
@@ -136,15 +141,19 @@ void watch_registers(Function& f, const FunctionAst& ast) {
   for (size_t i = 0; i < ast.statements.size(); ++i) {
     const Statement& s = ast.statements[i];
     if (s.opcode[0] == "wgmma") continue;
-    const bool has_result = s.opcode[0] != "st" && s.opcode[0] != "red" && s.opcode[0] != "stmatrix";
+    const bool has_result =
+        s.opcode[0] != "st" && s.opcode[0] != "red" && s.opcode[0] != "stmatrix";
     for (size_t a = 0; a < s.args.size(); ++a) {
       std::vector<int> touched;
       collect_registers(s.args[a], touched);
       for (int r : touched) {
         if (!is_watched[static_cast<size_t>(r)]) continue;
         const bool is_copy = s.opcode[0] == "mov" && s.args[1].kind == Arg::Kind::Register;
-        const Touch touch = a > 0 || !has_result ? Touch::Read : is_copy ? Touch::Copy : Touch::Write;
-        f.watched[f.code[i].index].emplace_back(f.register_places[static_cast<size_t>(r)].row, touch);
+        const Touch touch = a > 0 || !has_result ? Touch::Read
+                            : is_copy            ? Touch::Copy
+                                                 : Touch::Write;
+        f.watched[f.code[i].index].emplace_back(f.register_places[static_cast<size_t>(r)].row,
+                                                touch);
         f.code[i].watched = true;
       }
     }
@@ -152,10 +161,11 @@ void watch_registers(Function& f, const FunctionAst& ast) {
 }
 
 std::vector<const std::vector<Opcode>*> opcode_tables() {
-  return {&kIntegerOpcodes, &kBitOpcodes,      &kFloatOpcodes,     &kCompareOpcodes, &kConvertOpcodes, &kMoveOpcodes,
-          &kMemoryOpcodes,  &kAtomicOpcodes,   &kWarpOpcodes,      &kBarrierOpcodes, &kAsyncOpcodes,   &kMatrixOpcodes,
-          &kWgmmaOpcodes,   &kMbarrierOpcodes, &kBulkOpcodes,      &kTensorMapOpcodes, &kControlOpcodes,
-          &kSystemOpcodes};
+  return {&kIntegerOpcodes, &kBitOpcodes,      &kFloatOpcodes,  &kCompareOpcodes,
+          &kConvertOpcodes, &kMoveOpcodes,     &kMemoryOpcodes, &kAtomicOpcodes,
+          &kWarpOpcodes,    &kBarrierOpcodes,  &kAsyncOpcodes,  &kMatrixOpcodes,
+          &kWgmmaOpcodes,   &kMbarrierOpcodes, &kBulkOpcodes,   &kTensorMapOpcodes,
+          &kControlOpcodes, &kSystemOpcodes};
 }
 
 bool is_known_function(const std::string& name) {
@@ -208,7 +218,8 @@ std::unique_ptr<Module> load(const std::string& text) {
     Rows rows(f);
     // Control must not run off the end; where it would, the function returns.
     f.code.resize(ast.statements.size() + 1);
-    for (size_t i = 0; i < ast.statements.size(); ++i) decode(m, f, ast, rows, ast.statements[i], f.code[i]);
+    for (size_t i = 0; i < ast.statements.size(); ++i)
+      decode(m, f, ast, rows, ast.statements[i], f.code[i]);
     Statement end;
     end.line = ast.statements.empty() ? ast.line : ast.statements.back().line;
     end.opcode = {"ret"};

@@ -1,9 +1,10 @@
 // The machine while it runs: launch, cluster, block, warp, and the frames and splits of a warp.
 //
-// A warp executes one split at a time: lanes that stand at the same instruction of the same frame. A divergent branch
-// makes two splits of one; splits that meet at the start of a basic block become one again. Of several the one runs whose
-// block does not post-dominate another's, so that all lanes reach the point where their paths join before any goes on:
-// the convergence that compilers assume, found from the control flow instead of from a stack.
+// A warp executes one split at a time: lanes that stand at the same instruction of the same frame.
+// A divergent branch makes two splits of one; splits that meet at the start of a basic block become
+// one again. Of several the one runs whose block does not post-dominate another's, so that all
+// lanes reach the point where their paths join before any goes on: the convergence that compilers
+// assume, found from the control flow instead of from a stack.
 #pragma once
 
 #include <functional>
@@ -37,8 +38,10 @@ struct Frame {
   const Inst* call = nullptr;
   uint8_t* registers = nullptr;
   std::vector<Mask> defined;
-  std::vector<Mask> low_defined, high_defined;  // halves, looked at where a value is not defined as a whole
-  std::vector<int> origin;  // by row: the instruction where an undefined value came in, -1: never written
+  std::vector<Mask> low_defined,
+      high_defined;  // halves, looked at where a value is not defined as a whole
+  std::vector<int>
+      origin;  // by row: the instruction where an undefined value came in, -1: never written
   std::vector<uint8_t> params[kLanes];
   std::vector<uint8_t> params_defined[kLanes];
   uint64_t local_base = 0;
@@ -78,13 +81,13 @@ struct AsyncMatrix;  // an issued wgmma
 struct Warp {
   Launch* launch = nullptr;
   Block* block = nullptr;
-  uint32_t index = 0;          // in the block
-  uint32_t clock_index = 0;    // in the cluster
+  uint32_t index = 0;        // in the block
+  uint32_t clock_index = 0;  // in the cluster
   Mask exists = 0, live = 0;
 
   // The split that runs.
   Frame* frame = nullptr;
-  uint8_t* r = nullptr;        // frame->registers
+  uint8_t* r = nullptr;  // frame->registers
   Mask* defined = nullptr;
   const Inst* code = nullptr;
   int pc = 0;
@@ -99,21 +102,24 @@ struct Warp {
   uint32_t proxy_fence_clock = 0;
   AccessStats* stats = nullptr;  // of the launch, by instruction
   bool give_up_turn = false;
-  std::vector<AsyncCopy> copies;          // under way, oldest first
-  uint32_t copy_groups[kLanes] = {};      // committed by each lane so far
+  std::vector<AsyncCopy> copies;      // under way, oldest first
+  uint32_t copy_groups[kLanes] = {};  // committed by each lane so far
   std::vector<std::shared_ptr<AsyncMatrix>> open_matrices;
   std::vector<std::vector<std::shared_ptr<AsyncMatrix>>> matrix_groups;
-  std::map<uint32_t, uint8_t> watched_rows;  // registers of wgmma: kInFlight, kUnfenced
-  uint64_t cluster_phase = 0;  // of barrier.cluster at the last arrival
-  std::vector<BulkStore> bulk_stores;     // under way, oldest first
-  uint32_t bulk_groups[kLanes] = {};      // committed by each lane so far
+  std::map<uint32_t, uint8_t> watched_rows;     // registers of wgmma: kInFlight, kUnfenced
+  uint64_t cluster_phase = 0;                   // of barrier.cluster at the last arrival
+  std::vector<BulkStore> bulk_stores;           // under way, oldest first
+  uint32_t bulk_groups[kLanes] = {};            // committed by each lane so far
   std::map<const Inst*, uint64_t> last_strong;  // what strong accesses last saw, to notice spinning
 
   template <class T>
-  T* row(Operand o) { return reinterpret_cast<T*>(r + o.at); }
+  T* row(Operand o) {
+    return reinterpret_cast<T*>(r + o.at);
+  }
   Mask& predicate(Operand o) { return *reinterpret_cast<Mask*>(r + o.at); }
 
-  /// Marks lanes of a destination as defined where all sources are; notes where what is undefined came from.
+  /// Marks lanes of a destination as defined where all sources are; notes where what is undefined
+  /// came from.
   template <class... Sources>
   void flow(Operand destination, Mask lanes, const Inst& inst, Sources... sources) {
     const Mask all = (kAllLanes & ... & defined[sources.row]);
@@ -132,9 +138,10 @@ struct Warp {
       taint(destination, lanes, known, inst, nullptr, 0);
     }
   }
-  void taint(Operand destination, Mask lanes, Mask known, const Inst& inst, const uint32_t* rows, size_t count);
-  /// Reports lanes that use an undefined value where it matters: as an address, a condition, a result.
-  /// Lanes whose lower or upper half is defined.
+  void taint(Operand destination, Mask lanes, Mask known, const Inst& inst, const uint32_t* rows,
+             size_t count);
+  /// Reports lanes that use an undefined value where it matters: as an address, a condition, a
+  /// result. Lanes whose lower or upper half is defined.
   Mask low_defined(uint32_t row) const { return defined[row] | frame->low_defined[row]; }
   Mask high_defined(uint32_t row) const { return defined[row] | frame->high_defined[row]; }
   /// Says of lanes that are not defined as a whole which of their halves are.
@@ -147,7 +154,8 @@ struct Warp {
   uint32_t clock() const { return seen[clock_index]; }
   void tick();
   Access access(const Inst& inst, int lane, bool atomic = false) const {
-    return {seen.data(), stamp(clock(), clock_index, static_cast<uint32_t>(lane)), inst.index, atomic};
+    return {seen.data(), stamp(clock(), clock_index, static_cast<uint32_t>(lane)), inst.index,
+            atomic};
   }
   bool done() const { return live == 0; }
   bool runnable() const { return live != 0 && active != 0; }
@@ -158,11 +166,12 @@ struct Warp {
   void report_hazard(const HazardInfo& hazard, const Inst& inst, int lane);
   void exit_lanes(Mask lanes, const Inst& inst);
   void suspend(Wait why, uint32_t barrier);  // the current split, at its pc
-  /// Suspends the current split if the warp's other lanes are still to come here for certain; then it runs again.
+  /// Suspends the current split if the warp's other lanes are still to come here for certain; then
+  /// it runs again.
   bool await_others();
-  void wait_again(uint32_t barrier);                // the same, but the instruction is run again when released
-  void release(uint32_t barrier);                   // splits that wait there go on
-  std::string position() const;    // where its lanes stand, for reports
+  void wait_again(uint32_t barrier);  // the same, but the instruction is run again when released
+  void release(uint32_t barrier);     // splits that wait there go on
+  std::string position() const;       // where its lanes stand, for reports
 
  private:
   Frame* enter(Frame* caller, const Inst* call, const Function& function);
@@ -229,9 +238,9 @@ struct Cluster {
   uint32_t number = 0;  // in the launch, from 1 on
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<PendingBulk> bulk;
-  Barrier barrier;       // barrier.cluster
+  Barrier barrier;  // barrier.cluster
   uint64_t barrier_phase = 0;
-  Clocks barrier_clocks;  // of the phase that completed last
+  Clocks barrier_clocks;     // of the phase that completed last
   uint32_t agent_clock = 1;  // of the copy engine, the last entry of every Clocks
   bool done() const;
 };
@@ -244,7 +253,8 @@ struct LaunchConfig {
 };
 
 struct Launch {
-  Launch(Module& m, Memory& mem, const LaunchConfig& c) : module(m), memory(mem), config(c), random(c.seed) {}
+  Launch(Module& m, Memory& mem, const LaunchConfig& c)
+      : module(m), memory(mem), config(c), random(c.seed) {}
   Module& module;
   Memory& memory;
   LaunchConfig config;
@@ -253,8 +263,10 @@ struct Launch {
   std::vector<std::unique_ptr<Cluster>> resident;
   bool trapped = false;
   uint64_t clock_counter = 0;  // %clock: executed warp instructions
-  std::unordered_map<uint64_t, std::shared_ptr<const Elsewhere>> strong_locations;  // by global address: who released there
-  std::unordered_map<int, std::string> racy_reads;  // by index of a load whose value is undefined because of a race
+  std::unordered_map<uint64_t, std::shared_ptr<const Elsewhere>>
+      strong_locations;  // by global address: who released there
+  std::unordered_map<int, std::string>
+      racy_reads;              // by index of a load whose value is undefined because of a race
   uint32_t era = 1;            // changes when clocks start again
   uint64_t polls_in_vain = 0;  // of all warps, since something last changed
 
@@ -267,7 +279,8 @@ struct Launch {
   void report_deadlock(const char* why);
 };
 
-/// Lets the copy engine finish one of the copies that are under way, chosen at random; false if there is none.
+/// Lets the copy engine finish one of the copies that are under way, chosen at random; false if
+/// there is none.
 bool finish_one_bulk(Launch& launch, Cluster& cluster);
 
 Report run(Module& module, Memory& memory, const std::string& entry, const LaunchConfig& config);

@@ -9,9 +9,11 @@
 namespace ptxemu {
 namespace {
 
-// Pages come into being when they are touched: the shadow of a huge tensor costs what is used of it.
+// Pages come into being when they are touched: the shadow of a huge tensor costs what is used of
+// it.
 void* map_pages(uint64_t size) {
-  void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* pages = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (pages == MAP_FAILED) throw std::bad_alloc();
   return pages;
 }
@@ -72,13 +74,15 @@ void Memory::add_tags(Allocation& allocation, int shift) {
 }
 
 std::string Memory::describe(uint64_t address, uint64_t size) const {
-  const auto at = static_cast<unsigned long long>(address), bytes = static_cast<unsigned long long>(size);
+  const auto at = static_cast<unsigned long long>(address),
+             bytes = static_cast<unsigned long long>(size);
   char text[256];
   if (address < 4096) {
     std::snprintf(text, sizeof text, "%llu bytes at address 0x%llx: a null pointer", bytes, at);
     return text;
   }
-  // The nearest allocation says most: an index that is off by little, or by 2^32, starts from there.
+  // The nearest allocation says most: an index that is off by little, or by 2^32, starts from
+  // there.
   const Allocation* near = nullptr;
   int64_t distance = 0;
   for (const Allocation& a : allocations_) {
@@ -90,14 +94,16 @@ std::string Memory::describe(uint64_t address, uint64_t size) const {
   constexpr int64_t kFar = int64_t{1} << (kAllocationShift - 1);
   const auto by = static_cast<long long>(std::abs(distance));
   if (near == nullptr || by > kFar) {
-    std::snprintf(text, sizeof text, "%llu bytes at address 0x%llx, which is in no allocation", bytes, at);
+    std::snprintf(text, sizeof text, "%llu bytes at address 0x%llx, which is in no allocation",
+                  bytes, at);
   } else if (distance == 0) {
     std::snprintf(text, sizeof text, "byte %lld of %s, which no argument gave access to",
                   static_cast<long long>(address - near->base), near->name.c_str());
   } else {
     std::snprintf(text, sizeof text, "%llu bytes that %s %lld bytes %s of %s (%llu bytes)", bytes,
-                  distance < 0 ? "begin" : "end", by, distance < 0 ? "before the start" : "past the end",
-                  near->name.c_str(), static_cast<unsigned long long>(near->size));
+                  distance < 0 ? "begin" : "end", by,
+                  distance < 0 ? "before the start" : "past the end", near->name.c_str(),
+                  static_cast<unsigned long long>(near->size));
   }
   return text;
 }

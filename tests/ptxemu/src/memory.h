@@ -1,7 +1,8 @@
 // The memory of the device: separate allocations in one 64-bit address space.
 //
-// Allocation k owns the addresses from (k + 1) << 40 on: an index that runs off its end, even by 4 GiB, meets
-// nothing, and finding an address takes one shift. Below 1 << 40 lie the generic windows of the other spaces.
+// Allocation k owns the addresses from (k + 1) << 40 on: an index that runs off its end, even by 4
+// GiB, meets nothing, and finding an address takes one shift. Below 1 << 40 lie the generic windows
+// of the other spaces.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,10 @@
 namespace ptxemu {
 
 constexpr int kAllocationShift = 40;
-constexpr uint64_t kWindow = 1ull << 32;  // generic addresses of shared, local, param and constant memory
-constexpr uint64_t kSharedWindow = 1 * kWindow, kLocalWindow = 2 * kWindow, kParamWindow = 3 * kWindow,
-                   kConstWindow = 4 * kWindow;
+constexpr uint64_t kWindow =
+    1ull << 32;  // generic addresses of shared, local, param and constant memory
+constexpr uint64_t kSharedWindow = 1 * kWindow, kLocalWindow = 2 * kWindow,
+                   kParamWindow = 3 * kWindow, kConstWindow = 4 * kWindow;
 /// In a shared address, the rank of the block in its cluster, plus one; 0 is the block itself.
 constexpr int kClusterShift = 24;
 
@@ -27,7 +29,8 @@ struct WriteTag {
   uint32_t stamp = 0;
   int instruction = -1;
   uint32_t era : 29, atomic : 1;
-  uint32_t same_within : 1, same_across : 1;  // others wrote the same value, unordered: of the cluster, or of others
+  uint32_t same_within : 1,
+      same_across : 1;  // others wrote the same value, unordered: of the cluster, or of others
 };
 
 struct Allocation {
@@ -46,10 +49,11 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
   ~Memory();
 
-  /// Makes host memory addressable; it is used in place. Returns its device address, which is congruent to
-  /// the host's modulo 4096, so that alignment means the same.
+  /// Makes host memory addressable; it is used in place. Returns its device address, which is
+  /// congruent to the host's modulo 4096, so that alignment means the same.
   uint64_t add(void* host, uint64_t size, const std::string& name);
-  /// The same at the start of the allocation's addresses, which are known beforehand: of a module's variables.
+  /// The same at the start of the allocation's addresses, which are known beforehand: of a module's
+  /// variables.
   uint64_t add_variable(void* host, uint64_t size, const std::string& name);
   static uint64_t variable_address(uint64_t index) { return (index + 1) << kAllocationShift; }
   /// Memory of the device's own, undefined or zero.

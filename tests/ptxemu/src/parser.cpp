@@ -54,13 +54,15 @@ class Parser {
   }
 
   std::string directive() {
-    if (lex_.peek() != '.') lex_.fail_here(std::string("expected a directive, found '") + lex_.peek() + "'");
+    if (lex_.peek() != '.')
+      lex_.fail_here(std::string("expected a directive, found '") + lex_.peek() + "'");
     return lex_.dotted();
   }
 
   void target() {
     out_.target_name = lex_.identifier();
-    if (out_.target_name.rfind("sm_", 0) != 0) lex_.fail("target " + out_.target_name + " is not sm_*");
+    if (out_.target_name.rfind("sm_", 0) != 0)
+      lex_.fail("target " + out_.target_name + " is not sm_*");
     out_.target = std::atoi(out_.target_name.c_str() + 3);
     while (lex_.accept(',')) lex_.identifier();  // debug, texmode_independent
   }
@@ -80,22 +82,26 @@ class Parser {
       lex_.fail(".loc " + text);
     const size_t inlined = text.find("inlined_at ");
     if (inlined != std::string::npos)
-      std::sscanf(text.c_str() + inlined, "inlined_at %d %d", &source.inlined_file, &source.inlined_line);
+      std::sscanf(text.c_str() + inlined, "inlined_at %d %d", &source.inlined_file,
+                  &source.inlined_line);
     out_.sources.push_back(std::move(source));
     source_ = static_cast<int>(out_.sources.size()) - 1;
   }
 
   // ---- variables
   static bool space_named(const std::string& word, Space& space) {
-    static const std::map<std::string, Space> kSpaces = {
-        {".global", Space::Global}, {".shared", Space::Shared}, {".local", Space::Local},
-        {".const", Space::Const},   {".param", Space::Param}};
+    static const std::map<std::string, Space> kSpaces = {{".global", Space::Global},
+                                                         {".shared", Space::Shared},
+                                                         {".local", Space::Local},
+                                                         {".const", Space::Const},
+                                                         {".param", Space::Param}};
     const auto found = kSpaces.find(word);
     if (found != kSpaces.end()) space = found->second;
     return found != kSpaces.end();
   }
 
-  // .space [.align n] .type name [sizes] [= values], and what a parameter adds: .ptr .space .align n
+  // .space [.align n] .type name [sizes] [= values], and what a parameter adds: .ptr .space .align
+  // n
   Variable variable(const std::string& first) {
     Variable v;
     v.line = lex_.line();
@@ -222,14 +228,15 @@ class Parser {
   void function_properties(FunctionAst& f) {
     while (lex_.peek() == '.') {
       const std::string word = lex_.dotted();
-      if (word == ".noreturn" || word == ".blocksareclusters" || word == ".explicitcluster") continue;
+      if (word == ".noreturn" || word == ".blocksareclusters" || word == ".explicitcluster")
+        continue;
       if (word == ".pragma") {
         lex_.quoted();
         lex_.expect(';');
         continue;
       }
       static const std::vector<std::string> kNumbers = {
-          ".maxntid",      ".reqntid",           ".minnctapersm", ".maxnreg",
+          ".maxntid",      ".reqntid",           ".minnctapersm",  ".maxnreg",
           ".maxnctapersm", ".reqnctapercluster", ".maxclusterrank"};
       if (std::find(kNumbers.begin(), kNumbers.end(), word) == kNumbers.end())
         lex_.fail("directive " + word + " is not supported");
@@ -304,7 +311,8 @@ class Parser {
   // Variables are known by a name of their own; the same name may stand for others in other scopes.
   std::string declare_variable(const std::string& name) {
     std::string unique = name;
-    for (int n = 2; !variable_names_.insert(unique).second; ++n) unique = name + "#" + std::to_string(n);
+    for (int n = 2; !variable_names_.insert(unique).second; ++n)
+      unique = name + "#" + std::to_string(n);
     variable_scopes_.back()[name] = unique;
     return unique;
   }
@@ -452,7 +460,8 @@ class Parser {
       if (negative) a.bits ^= kind == 'f' ? 0x80000000ull : 0x8000000000000000ull;
     } else if (digits.find('.') != std::string::npos) {
       a.kind = Arg::Kind::Float64;
-      if (digits.find_first_not_of("0123456789.") != std::string::npos || digits.find('.') != digits.rfind('.'))
+      if (digits.find_first_not_of("0123456789.") != std::string::npos ||
+          digits.find('.') != digits.rfind('.'))
         lex_.fail("number " + digits);
       const double value = (negative ? -1 : 1) * std::stod(digits);
       std::memcpy(&a.bits, &value, sizeof value);
@@ -489,8 +498,9 @@ class Parser {
   ModuleAst out_;
   FunctionAst* function_ = nullptr;
   std::vector<std::map<std::string, int>> scopes_;  // register names, innermost last
-  std::vector<std::map<std::string, std::string>> variable_scopes_;  // likewise: unique names of variables
-  std::set<std::string> variable_names_;                             // of the module so far
+  std::vector<std::map<std::string, std::string>>
+      variable_scopes_;                   // likewise: unique names of variables
+  std::set<std::string> variable_names_;  // of the module so far
   std::vector<int> scope_stack_;
   int source_ = -1;
   bool is_extern_ = false;
@@ -506,7 +516,8 @@ std::string ModuleAst::source_text(int source) const {
   std::string text = file->second + ":" + std::to_string(s.line);
   if (caller != files.end()) {
     const std::string& name = caller->second;
-    text += ", inlined at " + name.substr(name.rfind('/') + 1) + ":" + std::to_string(s.inlined_line);
+    text +=
+        ", inlined at " + name.substr(name.rfind('/') + 1) + ":" + std::to_string(s.inlined_line);
   }
   return text;
 }

@@ -1,8 +1,9 @@
-// The typed internal form that is executed: every name resolved, every operand a row of the register file.
+// The typed internal form that is executed: every name resolved, every operand a row of the
+// register file.
 //
 // A function's registers lie in one frame of bytes. A row holds one value for each of the 32 lanes;
-// constants and special registers are rows too, filled in when a frame is made, so that an operand is
-// always just an offset. A predicate's row is one 32-bit mask.
+// constants and special registers are rows too, filled in when a frame is made, so that an operand
+// is always just an offset. A predicate's row is one 32-bit mask.
 #pragma once
 
 #include <cstddef>
@@ -27,18 +28,43 @@ struct Operand {
 
 /// What an instruction is counted as in the report.
 enum class Class : uint8_t {
-  Other, Int, Fp32, Fp64, Half, Convert, Mufu, Mma, Wgmma, LoadGlobal, StoreGlobal, LoadShared,
-  StoreShared, LoadLocal, StoreLocal, LoadParam, Ldmatrix, Stmatrix, CpAsync, Bulk, Atomic, Shuffle, Barrier, Branch, Count
+  Other,
+  Int,
+  Fp32,
+  Fp64,
+  Half,
+  Convert,
+  Mufu,
+  Mma,
+  Wgmma,
+  LoadGlobal,
+  StoreGlobal,
+  LoadShared,
+  StoreShared,
+  LoadLocal,
+  StoreLocal,
+  LoadParam,
+  Ldmatrix,
+  Stmatrix,
+  CpAsync,
+  Bulk,
+  Atomic,
+  Shuffle,
+  Barrier,
+  Branch,
+  Count
 };
 const char* name_of(Class c);
 
 /// How the interpreter treats an instruction beyond calling its handler.
 enum class Flow : uint8_t {
-  Plain,     // run, then the next one
-  Sync,      // first wait for the lanes that it names (Inst::members) or for the whole warp
-  Branch,    // bra
+  Plain,        // run, then the next one
+  Sync,         // first wait for the lanes that it names (Inst::members) or for the whole warp
+  Branch,       // bra
   BranchTable,  // brx.idx
-  Call, Return, Exit,
+  Call,
+  Return,
+  Exit,
   Blocking,  // its handler may leave the warp waiting and is then run again (Warp::wait)
 };
 
@@ -51,7 +77,7 @@ struct Detail {
 
 struct Inst {
   Handler run = nullptr;
-  Operand o[9];  // destinations first
+  Operand o[9];               // destinations first
   std::vector<Operand> more;  // of matrix instructions
   Operand guard;
   bool guarded = false, guard_negated = false;
@@ -59,18 +85,18 @@ struct Inst {
   Class counted = Class::Other;
   Space space = Space::Generic;
   bool address_is_64 = true;
-  bool by_lane = false;      // Sync: the lanes are named by operand `members`
-  bool in_halves = false;    // works on each half of its operands alone, so that one may be undefined
-  bool watched = false;      // touches registers of asynchronous matrix instructions
-  uint8_t size = 0;          // bytes of one element in memory
-  uint8_t count = 1;         // elements
+  bool by_lane = false;    // Sync: the lanes are named by operand `members`
+  bool in_halves = false;  // works on each half of its operands alone, so that one may be undefined
+  bool watched = false;    // touches registers of asynchronous matrix instructions
+  uint8_t size = 0;        // bytes of one element in memory
+  uint8_t count = 1;       // elements
   Operand members;
-  int32_t target = -1;       // of a branch: instruction index
+  int32_t target = -1;  // of a branch: instruction index
   int64_t imm = 0;
   std::unique_ptr<Detail> detail;
-  int index = 0;             // in the module: of its statistics
+  int index = 0;  // in the module: of its statistics
   int line = 0, source = -1;
-  int block = 0;             // basic block
+  int block = 0;  // basic block
 };
 
 /// A named variable's place in its space.
@@ -89,10 +115,46 @@ struct BasicBlock {
 };
 
 enum class SpecialKind : uint8_t {
-  TidX, TidY, TidZ, NtidX, NtidY, NtidZ, CtaidX, CtaidY, CtaidZ, NctaidX, NctaidY, NctaidZ, LaneId, WarpId,
-  NwarpId, SmId, NsmId, GridId, LanemaskEq, LanemaskLt, LanemaskLe, LanemaskGt, LanemaskGe,
-  ClusterCtaRank, ClusterNctaRank, ClusterCtaidX, ClusterCtaidY, ClusterCtaidZ, ClusterNctaidX, ClusterNctaidY,
-  ClusterNctaidZ, ClusteridX, ClusteridY, ClusteridZ, NclusteridX, NclusteridY, NclusteridZ, DynamicSmem, TotalSmem, Zero
+  TidX,
+  TidY,
+  TidZ,
+  NtidX,
+  NtidY,
+  NtidZ,
+  CtaidX,
+  CtaidY,
+  CtaidZ,
+  NctaidX,
+  NctaidY,
+  NctaidZ,
+  LaneId,
+  WarpId,
+  NwarpId,
+  SmId,
+  NsmId,
+  GridId,
+  LanemaskEq,
+  LanemaskLt,
+  LanemaskLe,
+  LanemaskGt,
+  LanemaskGe,
+  ClusterCtaRank,
+  ClusterNctaRank,
+  ClusterCtaidX,
+  ClusterCtaidY,
+  ClusterCtaidZ,
+  ClusterNctaidX,
+  ClusterNctaidY,
+  ClusterNctaidZ,
+  ClusteridX,
+  ClusteridY,
+  ClusteridZ,
+  NclusteridX,
+  NclusteridY,
+  NclusteridZ,
+  DynamicSmem,
+  TotalSmem,
+  Zero
 };
 
 struct SpecialRow {
@@ -105,7 +167,8 @@ struct LocalRow {
   Operand place;
   int bytes;  // 4 or 8
 };
-/// Copies between registers are the compiler's bookkeeping: the assembler joins both registers into one.
+/// Copies between registers are the compiler's bookkeeping: the assembler joins both registers into
+/// one.
 enum class Touch : uint8_t { Read, Write, Copy };
 
 struct Function {
@@ -115,18 +178,22 @@ struct Function {
   std::vector<BasicBlock> blocks;
   std::vector<RegisterDecl> registers;
   std::vector<Operand> register_places;
-  // A frame: the rows of registers, undefined at first, then those of constants and special registers.
+  // A frame: the rows of registers, undefined at first, then those of constants and special
+  // registers.
   size_t register_bytes = 0;
   uint32_t register_rows = 0, rows = 0;
   std::vector<uint8_t> constants;
   std::vector<SpecialRow> specials;
   std::vector<LocalRow> local_addresses;  // constants to which the frame's local base is added
-  std::vector<std::pair<Place, Place>> parameters_in_local;  // those whose address is taken, and their copies
+  std::vector<std::pair<Place, Place>>
+      parameters_in_local;  // those whose address is taken, and their copies
   uint64_t local_bytes = 0;
-  std::vector<Place> params, results;    // in the frame's parameter area (an entry's: in the bank of parameters)
-  uint64_t param_bytes = 0;              // parameter area of one lane, .param variables of the body included
-  std::map<std::string, Place> names;    // params, results, local and param variables
-  // By index of an instruction that touches registers of asynchronous matrix products: which rows, and how.
+  std::vector<Place> params,
+      results;  // in the frame's parameter area (an entry's: in the bank of parameters)
+  uint64_t param_bytes = 0;  // parameter area of one lane, .param variables of the body included
+  std::map<std::string, Place> names;  // params, results, local and param variables
+  // By index of an instruction that touches registers of asynchronous matrix products: which rows,
+  // and how.
   std::map<int, std::vector<std::pair<uint32_t, Touch>>> watched;
 };
 
@@ -151,6 +218,6 @@ struct Module {
 
 std::unique_ptr<Module> load(const std::string& text);
 void find_blocks(Function& function);
-std::string where(const Module& module, const Inst& inst);   // "line 12 (kernel.cu:34)"
+std::string where(const Module& module, const Inst& inst);  // "line 12 (kernel.cu:34)"
 
 }  // namespace ptxemu

@@ -12,16 +12,25 @@
 namespace ptxemu {
 
 enum class Kind : uint8_t {
-  OutOfBounds, Misaligned, Uninitialised, Race, AsyncUnwaited, DivergentBarrier, Deadlock, Trap, Invalid, Count
+  OutOfBounds,
+  Misaligned,
+  Uninitialised,
+  Race,
+  AsyncUnwaited,
+  DivergentBarrier,
+  Deadlock,
+  Trap,
+  Invalid,
+  Count
 };
 const char* name_of(Kind kind);
 
 struct Finding {
   Kind kind;
   int line = 0;
-  std::string source;   // "kernel.cu:34", empty without -lineinfo
+  std::string source;  // "kernel.cu:34", empty without -lineinfo
   std::string function, message;
-  uint64_t count = 1;   // the same at the same instruction
+  uint64_t count = 1;  // the same at the same instruction
 };
 
 /// How well the memory accesses of one instruction fit the hardware.

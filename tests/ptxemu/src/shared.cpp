@@ -26,11 +26,13 @@ void SharedMemory::forget() {
   strong_reader_.clear();
 }
 
-void SharedMemory::read_hazard(const Access& access, uint64_t g, Stamp writer, HazardInfo& found) const {
+void SharedMemory::read_hazard(const Access& access, uint64_t g, Stamp writer,
+                               HazardInfo& found) const {
   if (found.hazard != Hazard::None) return;
   if (access.atomic && atomic_[g]) return;
   if (co_writers_[g] >> (warp_of(access.self) % 32) & 1) return;
-  found = {Hazard::ReadAfterWrite, writer, writer_instruction_[g], static_cast<uint32_t>(g << shift_)};
+  found = {Hazard::ReadAfterWrite, writer, writer_instruction_[g],
+           static_cast<uint32_t>(g << shift_)};
 }
 
 void SharedMemory::write_hazard(const Access& access, uint64_t g, HazardInfo& found) const {
@@ -51,7 +53,8 @@ void SharedMemory::write_hazard(const Access& access, uint64_t g, HazardInfo& fo
   }
 }
 
-HazardInfo SharedMemory::write(const Access& access, uint64_t at, uint64_t size, const void* value) {
+HazardInfo SharedMemory::write(const Access& access, uint64_t at, uint64_t size,
+                               const void* value) {
   HazardInfo found;
   const auto* source = static_cast<const uint8_t*>(value);
   for (uint64_t g = at >> shift_, end = (at + size - 1) >> shift_; g <= end; ++g) {
@@ -84,7 +87,8 @@ HazardInfo SharedMemory::begin_async_write(const Access& issuer, uint64_t at, ui
   return found;
 }
 
-void SharedMemory::end_async_write(uint64_t at, uint64_t size, const void* value, Stamp writer, int instruction) {
+void SharedMemory::end_async_write(uint64_t at, uint64_t size, const void* value, Stamp writer,
+                                   int instruction) {
   for (uint64_t g = at >> shift_, end = (at + size - 1) >> shift_; g <= end; ++g) {
     if (pending_[g]) --pending_total_;
     pending_[g] = 0;

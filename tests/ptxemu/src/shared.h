@@ -1,14 +1,16 @@
 // Shared memory of one block, and who may touch it when.
 //
-// Happens-before is kept in vector clocks. Every warp has a clock, and knows of each other warp the time up to
-// which that one's accesses are ordered before its own next one (`seen`). A warp's own clock ticks where it
-// synchronises: an access at time t is ordered before everything of a warp that has seen more than t. Each granule
-// of memory (the bytes of the smallest access in the program) remembers its last writer and two last readers of
-// different warps; that is FastTrack's idea (Flanagan and Freund, PLDI 2009) with the set of readers cut to two: a
-// write by any warp then meets at least one reader that is not itself.
+// Happens-before is kept in vector clocks. Every warp has a clock, and knows of each other warp the
+// time up to which that one's accesses are ordered before its own next one (`seen`). A warp's own
+// clock ticks where it synchronises: an access at time t is ordered before everything of a warp
+// that has seen more than t. Each granule of memory (the bytes of the smallest access in the
+// program) remembers its last writer and two last readers of different warps; that is FastTrack's
+// idea (Flanagan and Freund, PLDI 2009) with the set of readers cut to two: a write by any warp
+// then meets at least one reader that is not itself.
 //
-// Lanes of one warp are ordered by the warp's own synchronisation only (bar.warp.sync and barriers), as since sm_70. They
-// share the warp's clock, though: what one of them releases counts as released by all.
+// Lanes of one warp are ordered by the warp's own synchronisation only (bar.warp.sync and
+// barriers), as since sm_70. They share the warp's clock, though: what one of them releases counts
+// as released by all.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +34,8 @@ inline uint32_t clock_of(Stamp s) { return s >> (kWarpBits + kLaneBits); }
 inline uint32_t warp_of(Stamp s) { return s >> kLaneBits & ((1u << kWarpBits) - 1); }
 inline uint32_t lane_of(Stamp s) { return s & (kLanes - 1); }
 
-/// Times of other warps that a warp is ordered after: of its own cluster, and, by number, of others.
+/// Times of other warps that a warp is ordered after: of its own cluster, and, by number, of
+/// others.
 using Elsewhere = std::map<uint32_t, std::vector<uint32_t>>;
 struct Clocks : std::vector<uint32_t> {
   using std::vector<uint32_t>::vector;
@@ -52,10 +55,17 @@ struct Access {
   const uint32_t* seen;  // the clocks of the accessing warp
   Stamp self;            // its stamp now
   int instruction;
-  bool atomic = false;   // atomic, volatile, relaxed or stronger: orders itself with its like
+  bool atomic = false;  // atomic, volatile, relaxed or stronger: orders itself with its like
 };
 
-enum class Hazard : uint8_t { None, ReadAfterWrite, WriteAfterRead, WriteAfterWrite, Pending, Unfenced };
+enum class Hazard : uint8_t {
+  None,
+  ReadAfterWrite,
+  WriteAfterRead,
+  WriteAfterWrite,
+  Pending,
+  Unfenced
+};
 
 struct HazardInfo {
   Hazard hazard = Hazard::None;
@@ -88,12 +98,15 @@ class SharedMemory {
     }
     return found;
   }
-  /// Checks and records a write of these bytes, and stores them. The same value over the same value is no race.
+  /// Checks and records a write of these bytes, and stores them. The same value over the same value
+  /// is no race.
   HazardInfo write(const Access& access, uint64_t at, uint64_t size, const void* value);
-  /// Bytes of a multiple of the granule, written outside of the program's own order (by a copy engine): checks
-  /// readers and writers against the issuer's clocks now, and marks the bytes as pending until `arrived`.
+  /// Bytes of a multiple of the granule, written outside of the program's own order (by a copy
+  /// engine): checks readers and writers against the issuer's clocks now, and marks the bytes as
+  /// pending until `arrived`.
   HazardInfo begin_async_write(const Access& issuer, uint64_t at, uint64_t size);
-  void end_async_write(uint64_t at, uint64_t size, const void* value, Stamp writer, int instruction);
+  void end_async_write(uint64_t at, uint64_t size, const void* value, Stamp writer,
+                       int instruction);
   /// A reader that is not finished yet; `end_async_read` gives it its time.
   HazardInfo begin_async_read(const Access& access, uint64_t at, uint64_t size);
   void end_async_read(uint64_t at, uint64_t size, Stamp reader);
@@ -104,7 +117,8 @@ class SharedMemory {
     return true;
   }
   void set_defined(uint64_t at, uint64_t size, bool value) {
-    for (uint64_t g = at >> shift_, end = (at + size - 1) >> shift_; g <= end; ++g) defined_[g] = value;
+    for (uint64_t g = at >> shift_, end = (at + size - 1) >> shift_; g <= end; ++g)
+      defined_[g] = value;
   }
   Stamp writer(uint64_t at) const { return writer_[at >> shift_]; }
   int writer_instruction(uint64_t at) const { return writer_instruction_[at >> shift_]; }
@@ -131,8 +145,10 @@ class SharedMemory {
   std::vector<uint8_t> bytes_;
   std::vector<Stamp> writer_, reader_, other_reader_;
   std::vector<int> writer_instruction_;
-  std::vector<uint32_t> co_writers_;  // warps that wrote the same value unordered: each may read its own
-  std::unordered_map<uint64_t, Stamp> strong_reader_;  // the last atomic one, which other atomics may meet
+  std::vector<uint32_t>
+      co_writers_;  // warps that wrote the same value unordered: each may read its own
+  std::unordered_map<uint64_t, Stamp>
+      strong_reader_;  // the last atomic one, which other atomics may meet
   std::vector<uint8_t> pending_, defined_, atomic_;
   uint64_t pending_total_ = 0;
 };

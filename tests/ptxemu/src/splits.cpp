@@ -1,4 +1,5 @@
-// Where the lanes of a warp part and meet: which split runs, which wait for one another, and who exits.
+// Where the lanes of a warp part and meet: which split runs, which wait for one another, and who
+// exits.
 #include <algorithm>
 
 #include "machine.h"
@@ -54,8 +55,8 @@ void Warp::pick() {
   store_split();
   for (size_t i = 0; i < others.size(); ++i)  // those that stand at the same place are one
     for (size_t j = others.size(); j-- > i + 1;)
-      if (others[i].frame == others[j].frame && others[i].pc == others[j].pc && others[i].wait == Wait::None &&
-          others[j].wait == Wait::None) {
+      if (others[i].frame == others[j].frame && others[i].pc == others[j].pc &&
+          others[i].wait == Wait::None && others[j].wait == Wait::None) {
         others[i].mask |= others[j].mask;
         others.erase(others.begin() + static_cast<std::ptrdiff_t>(j));
       }
@@ -67,7 +68,8 @@ void Warp::pick() {
   load_split(chosen);
 }
 
-// Lanes that wait for each other: those at one place come together. Where no more can come, the program is wrong.
+// Lanes that wait for each other: those at one place come together. Where no more can come, the
+// program is wrong.
 bool Warp::wake_waiting() {
   bool some_elsewhere = false;
   std::vector<Split> kept, groups;
@@ -77,8 +79,9 @@ bool Warp::wake_waiting() {
       some_elsewhere = true;
       continue;
     }
-    const auto same = std::find_if(groups.begin(), groups.end(),
-                                   [&](const Split& g) { return g.frame == s.frame && g.pc == s.pc; });
+    const auto same = std::find_if(groups.begin(), groups.end(), [&](const Split& g) {
+      return g.frame == s.frame && g.pc == s.pc;
+    });
     if (same == groups.end()) {
       groups.push_back(s);
     } else {
@@ -99,9 +102,10 @@ bool Warp::wake_waiting() {
   if (!woken && !some_elsewhere) {
     load_split(groups[0]);
     report(Kind::DivergentBarrier, code[pc], active,
-           groups.size() > 1 ? "lanes wait here while others of their warp wait at " +
-                                   where(launch->module, groups[1].frame->function->code[groups[1].pc])
-                             : "lanes wait here for lanes of their warp that do not come");
+           groups.size() > 1
+               ? "lanes wait here while others of their warp wait at " +
+                     where(launch->module, groups[1].frame->function->code[groups[1].pc])
+               : "lanes wait here for lanes of their warp that do not come");
     active = 0;
     groups[0].wait = Wait::None;
     force_sync_ = woken = true;
@@ -148,9 +152,10 @@ void Warp::exit_lanes(Mask lanes, const Inst& inst) {
              "exits while a bulk copy from shared memory is under way, not waited for");
       store.finish();
     }
-  bulk_stores.erase(std::remove_if(bulk_stores.begin(), bulk_stores.end(),
-                                   [&](const BulkStore& store) { return (lanes >> store.lane & 1) != 0; }),
-                    bulk_stores.end());
+  bulk_stores.erase(
+      std::remove_if(bulk_stores.begin(), bulk_stores.end(),
+                     [&](const BulkStore& store) { return (lanes >> store.lane & 1) != 0; }),
+      bulk_stores.end());
   launch->polls_in_vain = 0;
   live &= ~lanes;
   active &= ~lanes;

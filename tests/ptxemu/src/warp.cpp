@@ -102,8 +102,9 @@ void Warp::branch_table(const Inst& inst, Mask lanes) {
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(lanes >> lane & 1)) continue;
     if (index[lane] >= inst.more.size()) {
-      report(Kind::OutOfBounds, inst, 1u << lane, "branch " + std::to_string(index[lane]) + " of a table of " +
-                                                      std::to_string(inst.more.size()));
+      report(Kind::OutOfBounds, inst, 1u << lane,
+             "branch " + std::to_string(index[lane]) + " of a table of " +
+                 std::to_string(inst.more.size()));
       exit_lanes(1u << lane, inst);
       return;
     }

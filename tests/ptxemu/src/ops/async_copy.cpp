@@ -1,5 +1,6 @@
-// cp.async: copies from global to shared memory that are waited for in groups (PTX ISA, "cp.async").
-// The bytes arrive when the thread waits, as late as the program allows: what is read before shows as unwaited.
+// cp.async: copies from global to shared memory that are waited for in groups (PTX ISA,
+// "cp.async"). The bytes arrive when the thread waits, as late as the program allows: what is read
+// before shows as unwaited.
 #include <algorithm>
 
 #include "../access.h"
@@ -13,7 +14,8 @@ void finish_copy(Warp& w, const AsyncCopy& copy, uint32_t clock) {
   uint8_t data[16] = {};
   std::memcpy(data, copy.from, copy.zero_from);
   w.block->shared->end_async_write(copy.to, copy.bytes, data,
-                                   stamp(clock, w.clock_index, static_cast<uint32_t>(copy.lane)), copy.inst->index);
+                                   stamp(clock, w.clock_index, static_cast<uint32_t>(copy.lane)),
+                                   copy.inst->index);
 }
 
 void finish_copies(Warp& w, Mask lanes, uint32_t groups_left) {
@@ -38,17 +40,19 @@ struct CopyDetail : Detail {
   bool has_size = false, has_ignore = false, negated = false;
 };
 
-// o: shared address, global address, source size, predicate to ignore the source; imm: offset of the shared one,
-// inst.target: offset of the global one
+// o: shared address, global address, source size, predicate to ignore the source; imm: offset of
+// the shared one, inst.target: offset of the global one
 void run_cp_async(Warp& w, const Inst& inst, Mask lanes) {
   const auto& detail = static_cast<const CopyDetail&>(*inst.detail);
   const Addresses to = addresses(w, inst, inst.o[0], lanes);
   w.require_defined(inst.o[1], lanes, inst, "an address");
   Addresses from;
   for (int lane = 0; lane < kLanes; ++lane)
-    from.at[lane] = w.row<uint64_t>(inst.o[1])[lane] + static_cast<uint64_t>(static_cast<int64_t>(inst.target));
+    from.at[lane] =
+        w.row<uint64_t>(inst.o[1])[lane] + static_cast<uint64_t>(static_cast<int64_t>(inst.target));
   if (detail.has_size) w.require_defined(inst.o[2], lanes, inst, "a size");
-  const Mask ignored = detail.has_ignore ? (detail.negated ? ~w.predicate(inst.o[3]) : w.predicate(inst.o[3])) : 0;
+  const Mask ignored =
+      detail.has_ignore ? (detail.negated ? ~w.predicate(inst.o[3]) : w.predicate(inst.o[3])) : 0;
   count_wavefronts(w, inst, lanes, to, inst.size);
   each_lane(lanes, [&](int lane) {
     AsyncCopy copy;
@@ -56,30 +60,38 @@ void run_cp_async(Warp& w, const Inst& inst, Mask lanes) {
     if (detail.has_size) {
       const uint32_t size = w.row<uint32_t>(inst.o[2])[lane];
       if (size > inst.size)
-        w.report(Kind::Invalid, inst, 1u << lane, "copies " + std::to_string(size) + " bytes into " + std::to_string(inst.size));
+        w.report(Kind::Invalid, inst, 1u << lane,
+                 "copies " + std::to_string(size) + " bytes into " + std::to_string(inst.size));
       copy.zero_from = std::min<uint32_t>(size, inst.size);
     }
     if (ignored >> lane & 1) copy.zero_from = 0;
-    const Location target = locate(w, inst, lane, Space::Shared, to.at[lane], inst.size, inst.size, true);
+    const Location target =
+        locate(w, inst, lane, Space::Shared, to.at[lane], inst.size, inst.size, true);
     if (target.host == nullptr) return;
     if (copy.zero_from) {
-      const Location source = locate(w, inst, lane, Space::Global, from.at[lane], copy.zero_from, 1, false);
+      const Location source =
+          locate(w, inst, lane, Space::Global, from.at[lane], copy.zero_from, 1, false);
       if (source.host == nullptr) return;
       if (from.at[lane] % inst.size)
-        w.report(Kind::Misaligned, inst, 1u << lane, "the source is not a multiple of " + std::to_string(inst.size));
+        w.report(Kind::Misaligned, inst, 1u << lane,
+                 "the source is not a multiple of " + std::to_string(inst.size));
       copy.from = source.host;
       uint8_t unused[16];
       if (!read_memory(w, inst, lane, source, copy.zero_from, unused)) {
         const auto race = w.launch->racy_reads.find(inst.index);
-        if (race != w.launch->racy_reads.end()) w.report(Kind::Race, inst, 1u << lane, race->second);
-        else w.report(Kind::Uninitialised, inst, 1u << lane, "copies global memory that was never written");
+        if (race != w.launch->racy_reads.end())
+          w.report(Kind::Race, inst, 1u << lane, race->second);
+        else
+          w.report(Kind::Uninitialised, inst, 1u << lane,
+                   "copies global memory that was never written");
       }
     }
     copy.to = target.offset;
     copy.lane = lane;
     copy.group = w.copy_groups[lane];
     copy.inst = &inst;
-    const HazardInfo hazard = w.block->shared->begin_async_write(w.access(inst, lane), target.offset, inst.size);
+    const HazardInfo hazard =
+        w.block->shared->begin_async_write(w.access(inst, lane), target.offset, inst.size);
     if (hazard.hazard != Hazard::None) w.report_hazard(hazard, inst, lane);
     w.copies.push_back(copy);
   });
@@ -99,13 +111,17 @@ void decode_cp_async(Decoder& d) {
   d.inst.target = static_cast<int32_t>(d.inst.imm);
   d.inst.o[0] = d.address(d.arg(0));
   d.inst.size = static_cast<uint8_t>(d.integer(d.arg(2)));
-  if (d.inst.size != 16 && (bypass || (d.inst.size != 4 && d.inst.size != 8))) d.refuse("copies 4, 8 or 16 bytes, .cg 16");
+  if (d.inst.size != 16 && (bypass || (d.inst.size != 4 && d.inst.size != 8)))
+    d.refuse("copies 4, 8 or 16 bytes, .cg 16");
   if (d.args() == size_t{4} + hint) {
     const Arg& last = d.arg(3);
-    detail.has_ignore = last.kind == Arg::Kind::Register && d.ast.registers[static_cast<size_t>(last.reg)].type == Type::Pred;
+    detail.has_ignore = last.kind == Arg::Kind::Register &&
+                        d.ast.registers[static_cast<size_t>(last.reg)].type == Type::Pred;
     detail.has_size = !detail.has_ignore;
-    if (detail.has_ignore) d.inst.o[3] = d.predicate(last, detail.negated);
-    else d.inst.o[2] = d.src(last, Type::B32);
+    if (detail.has_ignore)
+      d.inst.o[3] = d.predicate(last, detail.negated);
+    else
+      d.inst.o[2] = d.src(last, Type::B32);
   }
   d.inst.counted = Class::CpAsync;
   d.inst.run = &run_cp_async;
@@ -117,7 +133,9 @@ void run_commit(Warp& w, const Inst&, Mask lanes) {
   each_lane(lanes, [&](int lane) { ++w.copy_groups[lane]; });
 }
 
-void run_wait(Warp& w, const Inst& inst, Mask lanes) { finish_copies(w, lanes, static_cast<uint32_t>(inst.imm)); }
+void run_wait(Warp& w, const Inst& inst, Mask lanes) {
+  finish_copies(w, lanes, static_cast<uint32_t>(inst.imm));
+}
 
 void run_wait_all(Warp& w, const Inst&, Mask lanes) { finish_all_copies(w, lanes); }
 

@@ -1,4 +1,5 @@
-// Barriers of a block and of a cluster, and fences (PTX ISA, "Parallel Synchronization and Communication Instructions").
+// Barriers of a block and of a cluster, and fences (PTX ISA, "Parallel Synchronization and
+// Communication Instructions").
 #include <algorithm>
 
 #include "pick.h"
@@ -74,7 +75,8 @@ void run_barrier(Warp& w, const Inst& inst, Mask lanes) {
   }
   if (expected == 0 || expected % kLanes != 0 || expected > all) {
     w.report(Kind::Invalid, inst, lanes,
-             "a barrier of " + std::to_string(expected) + " threads, the block has " + std::to_string(all));
+             "a barrier of " + std::to_string(expected) + " threads, the block has " +
+                 std::to_string(all));
     return;
   }
   if (detail.aligned && lanes != w.live) {
@@ -86,8 +88,8 @@ void run_barrier(Warp& w, const Inst& inst, Mask lanes) {
   Barrier& b = w.block->barriers[id];
   if (b.arrived && b.expected != expected)
     w.report(Kind::Invalid, inst, lanes,
-             "barrier " + std::to_string(id) + " for " + std::to_string(expected) + " threads, others expect " +
-                 std::to_string(b.expected));
+             "barrier " + std::to_string(id) + " for " + std::to_string(expected) +
+                 " threads, others expect " + std::to_string(b.expected));
   if (detail.action >= Action::RedPopc) {
     w.require_defined(inst.o[3], lanes, inst, "what a barrier reduces");
     const Mask p = w.predicate(inst.o[3]);
@@ -119,7 +121,8 @@ void decode_block_barrier(Decoder& d, bool aligned) {
     static constexpr Action kReductions[] = {Action::RedPopc, Action::RedAnd, Action::RedOr};
     detail.action = kReductions[d.take_one({"popc", "and", "or"})];
     const Type type = d.take_type();
-    if (type != (detail.action == Action::RedPopc ? Type::U32 : Type::Pred)) d.refuse("gives a count of .u32 or a predicate");
+    if (type != (detail.action == Action::RedPopc ? Type::U32 : Type::Pred))
+      d.refuse("gives a count of .u32 or a predicate");
     d.need_args(3, 4);
     d.inst.o[2] = d.dst(d.arg(at++), type);
     d.inst.o[0] = d.src(d.arg(at++), Type::U32);
@@ -139,7 +142,8 @@ void decode_block_barrier(Decoder& d, bool aligned) {
 
 void run_cluster_arrive(Warp& w, const Inst& inst, Mask lanes) {
   if (lanes != w.live)
-    w.report(Kind::DivergentBarrier, inst, w.live & ~lanes, "lanes do not come to the barrier of the cluster");
+    w.report(Kind::DivergentBarrier, inst, w.live & ~lanes,
+             "lanes do not come to the barrier of the cluster");
   Cluster& c = *w.block->cluster;
   uint32_t threads = 0;
   for (const auto& block : c.blocks) threads += static_cast<uint32_t>(block->warps.size()) * kLanes;
@@ -172,7 +176,8 @@ void decode_cluster_barrier(Decoder& d) {
   d.inst.run = waits ? &run_cluster_wait : &run_cluster_arrive;
 }
 
-// ---- fences. Executed in order as here, memory needs none; but what they hand over is kept account of.
+// ---- fences. Executed in order as here, memory needs none; but what they hand over is kept
+// account of.
 
 void run_fence(Warp& w, const Inst&, Mask) { w.block->fences = true; }
 
@@ -186,9 +191,10 @@ void decode_fence(Decoder& d) {
   d.inst.counted = Class::Barrier;
   d.inst.run = &run_fence;
   if (d.take("proxy")) {
-    const int kind = d.take_one({"async", "async.global", "tensormap::generic", "alias", "async::generic"});
-    d.ignore({"global", "shared::cta", "shared::cluster", "acquire", "release", "cta", "cluster", "gpu", "sys",
-              "sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
+    const int kind =
+        d.take_one({"async", "async.global", "tensormap::generic", "alias", "async::generic"});
+    d.ignore({"global", "shared::cta", "shared::cluster", "acquire", "release", "cta", "cluster",
+              "gpu", "sys", "sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
     if (kind == 0 || kind == 4) d.inst.run = &run_proxy_fence;
     d.need_args(0, 2);  // of an address and a size, for tensormap::generic
     return;
@@ -199,7 +205,8 @@ void decode_fence(Decoder& d) {
     return;
   }
   const bool of_barriers = d.take("mbarrier_init");
-  d.ignore({"sc", "acq_rel", "acquire", "release", "sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
+  d.ignore({"sc", "acq_rel", "acquire", "release", "sync_restrict::shared::cta",
+            "sync_restrict::shared::cluster"});
   d.take_one({"cta", "cluster", "gpu", "sys"});
   if (of_barriers) d.inst.run = &run_fence;
 }

@@ -1,4 +1,5 @@
-// Logic, shifts and bit fields (PTX ISA, "Logic and Shift Instructions", and the bit part of the integer ones).
+// Logic, shifts and bit fields (PTX ISA, "Logic and Shift Instructions", and the bit part of the
+// integer ones).
 #include <type_traits>
 
 #include "pick.h"
@@ -6,28 +7,54 @@
 namespace ptxemu {
 namespace {
 
-template <class T> T bit_and(T a, T b) { return a & b; }
-template <class T> T bit_or(T a, T b) { return a | b; }
-template <class T> T bit_xor(T a, T b) { return a ^ b; }
-template <class T> T bit_not(T a) { return static_cast<T>(~a); }
-template <class T> T logical_not(T a) { return a == 0; }
+template <class T>
+T bit_and(T a, T b) {
+  return a & b;
+}
+template <class T>
+T bit_or(T a, T b) {
+  return a | b;
+}
+template <class T>
+T bit_xor(T a, T b) {
+  return a ^ b;
+}
+template <class T>
+T bit_not(T a) {
+  return static_cast<T>(~a);
+}
+template <class T>
+T logical_not(T a) {
+  return a == 0;
+}
 
 // Shifts clamp: beyond the width nothing is left, or only the sign.
-template <class T> T shift_left(T a, uint32_t n) { return n >= 8 * sizeof(T) ? T{0} : static_cast<T>(uint64_t(a) << n); }
-template <class T> T shift_right(T a, uint32_t n) {
+template <class T>
+T shift_left(T a, uint32_t n) {
+  return n >= 8 * sizeof(T) ? T{0} : static_cast<T>(uint64_t(a) << n);
+}
+template <class T>
+T shift_right(T a, uint32_t n) {
   if (n >= 8 * sizeof(T)) return a < 0 ? static_cast<T>(-1) : T{0};
   return static_cast<T>(a >> n);
 }
 
-template <class T> uint32_t count_ones(T a) { return static_cast<uint32_t>(__builtin_popcountll(a)); }
-template <class T> uint32_t leading_zeros(T a) { return a == 0 ? 8 * sizeof(T) : static_cast<uint32_t>(__builtin_clzll(a)) - (64 - 8 * sizeof(T)); }
-template <class T> T reversed(T a) {
+template <class T>
+uint32_t count_ones(T a) {
+  return static_cast<uint32_t>(__builtin_popcountll(a));
+}
+template <class T>
+uint32_t leading_zeros(T a) {
+  return a == 0 ? 8 * sizeof(T) : static_cast<uint32_t>(__builtin_clzll(a)) - (64 - 8 * sizeof(T));
+}
+template <class T>
+T reversed(T a) {
   T r = 0;
   for (size_t i = 0; i < 8 * sizeof(T); ++i) r = static_cast<T>(r << 1 | (a >> i & 1));
   return r;
 }
-// The position of the highest bit that differs from the sign; all ones if there is none. kShift: the shift that
-// brings it to the top instead.
+// The position of the highest bit that differs from the sign; all ones if there is none. kShift:
+// the shift that brings it to the top instead.
 template <class T, bool kShift>
 uint32_t find_bit(T a) {
   using U = std::make_unsigned_t<T>;
@@ -37,7 +64,8 @@ uint32_t find_bit(T a) {
   return kShift ? 8 * sizeof(T) - 1 - at : at;
 }
 
-template <class T> T extract(T a, uint32_t position, uint32_t length) {
+template <class T>
+T extract(T a, uint32_t position, uint32_t length) {
   constexpr uint32_t kBits = 8 * sizeof(T);
   const uint32_t p = position & 0xff, n = length & 0xff;
   if (n == 0) return 0;
@@ -49,7 +77,8 @@ template <class T> T extract(T a, uint32_t position, uint32_t length) {
   const U mask = kept >= kBits ? ~U{0} : static_cast<U>((U{1} << kept) - 1);
   return static_cast<T>((value & mask) | (sign ? static_cast<U>(~mask) : U{0}));
 }
-template <class T> T insert(T field, T into, uint32_t position, uint32_t length) {
+template <class T>
+T insert(T field, T into, uint32_t position, uint32_t length) {
   constexpr uint32_t kBits = 8 * sizeof(T);
   const uint32_t p = position & 0xff, n = length & 0xff;
   if (n == 0 || p >= kBits) return into;
@@ -58,12 +87,17 @@ template <class T> T insert(T field, T into, uint32_t position, uint32_t length)
   return static_cast<T>((into & ~mask) | (static_cast<T>(field << p) & mask));
 }
 
-template <bool kWrap> uint32_t funnel_amount(uint32_t n) { return kWrap ? n & 31 : n < 32 ? n : 32; }
-template <bool kWrap> uint32_t funnel_left(uint32_t low, uint32_t high, uint32_t n) {
+template <bool kWrap>
+uint32_t funnel_amount(uint32_t n) {
+  return kWrap ? n & 31 : n < 32 ? n : 32;
+}
+template <bool kWrap>
+uint32_t funnel_left(uint32_t low, uint32_t high, uint32_t n) {
   const uint64_t both = uint64_t{high} << 32 | low;
   return static_cast<uint32_t>(both << funnel_amount<kWrap>(n) >> 32);
 }
-template <bool kWrap> uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t n) {
+template <bool kWrap>
+uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t n) {
   const uint64_t both = uint64_t{high} << 32 | low;
   return static_cast<uint32_t>(both >> funnel_amount<kWrap>(n));
 }
@@ -93,18 +127,26 @@ uint32_t permute(uint32_t a, uint32_t b, uint32_t c) {
   const uint64_t bytes = uint64_t{b} << 32 | a;
   const uint32_t n = c & 3;
   switch (kMode) {
-    case Permute::Default: return permute_selected(bytes, {c & 15, c >> 4 & 15, c >> 8 & 15, c >> 12 & 15});
-    case Permute::Forward4: return permute_selected(bytes, {n, n + 1, n + 2, n + 3});
-    case Permute::Backward4: return permute_selected(bytes, {n, (n + 7) & 7, (n + 6) & 7, (n + 5) & 7});
-    case Permute::Replicate8: return permute_selected(bytes, {n, n, n, n});
-    case Permute::EdgeLeft: return permute_selected(bytes, {n, n < 1 ? 1 : n, n < 2 ? 2 : n, 3});
-    case Permute::EdgeRight: return permute_selected(bytes, {0, n < 1 ? n : 1, n < 2 ? n : 2, n});
-    case Permute::Replicate16: return permute_selected(bytes, {2 * (c & 1), 2 * (c & 1) + 1, 2 * (c & 1), 2 * (c & 1) + 1});
+    case Permute::Default:
+      return permute_selected(bytes, {c & 15, c >> 4 & 15, c >> 8 & 15, c >> 12 & 15});
+    case Permute::Forward4:
+      return permute_selected(bytes, {n, n + 1, n + 2, n + 3});
+    case Permute::Backward4:
+      return permute_selected(bytes, {n, (n + 7) & 7, (n + 6) & 7, (n + 5) & 7});
+    case Permute::Replicate8:
+      return permute_selected(bytes, {n, n, n, n});
+    case Permute::EdgeLeft:
+      return permute_selected(bytes, {n, n < 1 ? 1 : n, n < 2 ? 2 : n, 3});
+    case Permute::EdgeRight:
+      return permute_selected(bytes, {0, n < 1 ? n : 1, n < 2 ? n : 2, n});
+    case Permute::Replicate16:
+      return permute_selected(bytes, {2 * (c & 1), 2 * (c & 1) + 1, 2 * (c & 1), 2 * (c & 1) + 1});
   }
   return 0;
 }
 
-template <bool kWrap> uint32_t mask_of_bits(uint32_t position, uint32_t length) {
+template <bool kWrap>
+uint32_t mask_of_bits(uint32_t position, uint32_t length) {
   const uint32_t p = kWrap ? position & 31 : position, n = kWrap ? length & 31 : length;
   if (p >= 32 || n == 0) return 0;
   return static_cast<uint32_t>(((n >= 32 ? 0xffffffffull : (1ull << n) - 1)) << p);
@@ -115,7 +157,8 @@ template <bool kWrap> uint32_t mask_of_bits(uint32_t position, uint32_t length) 
 bool is_bits(Type type) { return type == Type::B16 || type == Type::B32 || type == Type::B64; }
 Type take_bits(Decoder& d) {
   const Type type = d.take_type();
-  if (!is_bits(type)) d.refuse(std::string("type .") + name_of(type) + " is not supported, only bits are");
+  if (!is_bits(type))
+    d.refuse(std::string("type .") + name_of(type) + " is not supported, only bits are");
   return type;
 }
 
@@ -125,12 +168,16 @@ enum class Logic { And, Or, Xor, Not };
 template <Logic kLogic>
 void run_predicates(Warp& w, const Inst& inst, Mask lanes) {
   const Mask a = w.predicate(inst.o[1]), b = w.predicate(inst.o[2]);
-  const Mask value = kLogic == Logic::And ? a & b : kLogic == Logic::Or ? a | b : kLogic == Logic::Xor ? a ^ b : ~a;
+  const Mask value = kLogic == Logic::And   ? a & b
+                     : kLogic == Logic::Or  ? a | b
+                     : kLogic == Logic::Xor ? a ^ b
+                                            : ~a;
   Mask& d = w.predicate(inst.o[0]);
   d = (d & ~lanes) | (value & lanes);
   // A known false settles an AND, a known true an OR.
   Mask known = w.defined[inst.o[1].row] & w.defined[inst.o[2].row];
-  if (kLogic == Logic::And) known |= (w.defined[inst.o[1].row] & ~a) | (w.defined[inst.o[2].row] & ~b);
+  if (kLogic == Logic::And)
+    known |= (w.defined[inst.o[1].row] & ~a) | (w.defined[inst.o[2].row] & ~b);
   if (kLogic == Logic::Or) known |= (w.defined[inst.o[1].row] & a) | (w.defined[inst.o[2].row] & b);
   w.define(inst.o[0], lanes, known, inst);
 }
@@ -147,10 +194,18 @@ void decode_logic(Decoder& d) {
     return;
   }
   switch (kLogic) {
-    case Logic::And: d.inst.run = PTXEMU_BY_BITS(d, type, bit_and); return;
-    case Logic::Or: d.inst.run = PTXEMU_BY_BITS(d, type, bit_or); return;
-    case Logic::Xor: d.inst.run = PTXEMU_BY_BITS(d, type, bit_xor); return;
-    case Logic::Not: d.inst.run = PTXEMU_BY_BITS(d, type, bit_not); return;
+    case Logic::And:
+      d.inst.run = PTXEMU_BY_BITS(d, type, bit_and);
+      return;
+    case Logic::Or:
+      d.inst.run = PTXEMU_BY_BITS(d, type, bit_or);
+      return;
+    case Logic::Xor:
+      d.inst.run = PTXEMU_BY_BITS(d, type, bit_xor);
+      return;
+    case Logic::Not:
+      d.inst.run = PTXEMU_BY_BITS(d, type, bit_not);
+      return;
   }
 }
 
@@ -170,9 +225,12 @@ void decode_shift(Decoder& d) {
   d.inst.o[0] = d.dst(d.arg(0), type);
   d.inst.o[1] = d.src(d.arg(1), type);
   d.inst.o[2] = d.src(d.arg(2), Type::U32);
-  if (left) d.inst.run = PTXEMU_BY_BITS(d, type, shift_left);
-  else if (is_signed(type)) d.inst.run = PTXEMU_BY_INTEGER(d, type, shift_right);
-  else d.inst.run = PTXEMU_BY_BITS(d, type, shift_right);
+  if (left)
+    d.inst.run = PTXEMU_BY_BITS(d, type, shift_left);
+  else if (is_signed(type))
+    d.inst.run = PTXEMU_BY_INTEGER(d, type, shift_right);
+  else
+    d.inst.run = PTXEMU_BY_BITS(d, type, shift_right);
 }
 
 // One source of 32 or 64 bits, a result of 32.
@@ -187,15 +245,21 @@ void decode_count(Decoder& d) {
   const bool wide = bits_of(type) == 64;
   if (!wide && bits_of(type) != 32) d.refuse("needs 32 or 64 bits");
   if (d.name() == "popc") {
-    d.inst.run = wide ? &Lanewise<&count_ones<uint64_t>>::run : &Lanewise<&count_ones<uint32_t>>::run;
+    d.inst.run =
+        wide ? &Lanewise<&count_ones<uint64_t>>::run : &Lanewise<&count_ones<uint32_t>>::run;
   } else if (d.name() == "clz") {
-    d.inst.run = wide ? &Lanewise<&leading_zeros<uint64_t>>::run : &Lanewise<&leading_zeros<uint32_t>>::run;
+    d.inst.run =
+        wide ? &Lanewise<&leading_zeros<uint64_t>>::run : &Lanewise<&leading_zeros<uint32_t>>::run;
   } else if (shift) {
-    d.inst.run = is_signed(type) ? (wide ? &Lanewise<&find_bit<int64_t, true>>::run : &Lanewise<&find_bit<int32_t, true>>::run)
-                                 : (wide ? &Lanewise<&find_bit<uint64_t, true>>::run : &Lanewise<&find_bit<uint32_t, true>>::run);
+    d.inst.run = is_signed(type) ? (wide ? &Lanewise<&find_bit<int64_t, true>>::run
+                                         : &Lanewise<&find_bit<int32_t, true>>::run)
+                                 : (wide ? &Lanewise<&find_bit<uint64_t, true>>::run
+                                         : &Lanewise<&find_bit<uint32_t, true>>::run);
   } else {
-    d.inst.run = is_signed(type) ? (wide ? &Lanewise<&find_bit<int64_t, false>>::run : &Lanewise<&find_bit<int32_t, false>>::run)
-                                 : (wide ? &Lanewise<&find_bit<uint64_t, false>>::run : &Lanewise<&find_bit<uint32_t, false>>::run);
+    d.inst.run = is_signed(type) ? (wide ? &Lanewise<&find_bit<int64_t, false>>::run
+                                         : &Lanewise<&find_bit<int32_t, false>>::run)
+                                 : (wide ? &Lanewise<&find_bit<uint64_t, false>>::run
+                                         : &Lanewise<&find_bit<uint32_t, false>>::run);
   }
 }
 
@@ -203,9 +267,12 @@ void decode_brev(Decoder& d) {
   const Type type = take_bits(d);
   d.inst.counted = Class::Int;
   same_type_operands(d, type, 1);
-  if (bits_of(type) == 32) d.inst.run = &Lanewise<&reversed<uint32_t>>::run;
-  else if (bits_of(type) == 64) d.inst.run = &Lanewise<&reversed<uint64_t>>::run;
-  else d.refuse("needs 32 or 64 bits");
+  if (bits_of(type) == 32)
+    d.inst.run = &Lanewise<&reversed<uint32_t>>::run;
+  else if (bits_of(type) == 64)
+    d.inst.run = &Lanewise<&reversed<uint64_t>>::run;
+  else
+    d.refuse("needs 32 or 64 bits");
 }
 
 void decode_bfe(Decoder& d) {
@@ -217,11 +284,20 @@ void decode_bfe(Decoder& d) {
   d.inst.o[2] = d.src(d.arg(2), Type::U32);
   d.inst.o[3] = d.src(d.arg(3), Type::U32);
   switch (type) {
-    case Type::U32: d.inst.run = &Lanewise<&extract<uint32_t>>::run; return;
-    case Type::S32: d.inst.run = &Lanewise<&extract<int32_t>>::run; return;
-    case Type::U64: d.inst.run = &Lanewise<&extract<uint64_t>>::run; return;
-    case Type::S64: d.inst.run = &Lanewise<&extract<int64_t>>::run; return;
-    default: d.refuse("needs .u32, .s32, .u64 or .s64");
+    case Type::U32:
+      d.inst.run = &Lanewise<&extract<uint32_t>>::run;
+      return;
+    case Type::S32:
+      d.inst.run = &Lanewise<&extract<int32_t>>::run;
+      return;
+    case Type::U64:
+      d.inst.run = &Lanewise<&extract<uint64_t>>::run;
+      return;
+    case Type::S64:
+      d.inst.run = &Lanewise<&extract<int64_t>>::run;
+      return;
+    default:
+      d.refuse("needs .u32, .s32, .u64 or .s64");
   }
 }
 
@@ -234,9 +310,12 @@ void decode_bfi(Decoder& d) {
   d.inst.o[2] = d.src(d.arg(2), type);
   d.inst.o[3] = d.src(d.arg(3), Type::U32);
   d.inst.o[4] = d.src(d.arg(4), Type::U32);
-  if (type == Type::B32) d.inst.run = &Lanewise<&insert<uint32_t>>::run;
-  else if (type == Type::B64) d.inst.run = &Lanewise<&insert<uint64_t>>::run;
-  else d.refuse("needs .b32 or .b64");
+  if (type == Type::B32)
+    d.inst.run = &Lanewise<&insert<uint32_t>>::run;
+  else if (type == Type::B64)
+    d.inst.run = &Lanewise<&insert<uint64_t>>::run;
+  else
+    d.refuse("needs .b32 or .b64");
 }
 
 void decode_shf(Decoder& d) {
@@ -244,8 +323,9 @@ void decode_shf(Decoder& d) {
   if (d.take_type() != Type::B32) d.refuse("needs .b32");
   d.inst.counted = Class::Int;
   same_type_operands(d, Type::B32, 3);
-  d.inst.run = right ? (wrap ? &Lanewise<&funnel_right<true>>::run : &Lanewise<&funnel_right<false>>::run)
-                     : (wrap ? &Lanewise<&funnel_left<true>>::run : &Lanewise<&funnel_left<false>>::run);
+  d.inst.run =
+      right ? (wrap ? &Lanewise<&funnel_right<true>>::run : &Lanewise<&funnel_right<false>>::run)
+            : (wrap ? &Lanewise<&funnel_left<true>>::run : &Lanewise<&funnel_left<false>>::run);
 }
 
 void decode_lop3(Decoder& d) {
@@ -280,12 +360,23 @@ void decode_bmsk(Decoder& d) {
 }  // namespace
 
 const std::vector<Opcode> kBitOpcodes = {
-    {"and", decode_logic<Logic::And>}, {"or", decode_logic<Logic::Or>}, {"xor", decode_logic<Logic::Xor>},
-    {"not", decode_logic<Logic::Not>}, {"cnot", decode_cnot},           {"shl", decode_shift},
-    {"shr", decode_shift},             {"popc", decode_count},          {"clz", decode_count},
-    {"bfind", decode_count},           {"brev", decode_brev},           {"bfe", decode_bfe},
-    {"bfi", decode_bfi},               {"shf", decode_shf},             {"lop3", decode_lop3},
-    {"prmt", decode_prmt},             {"bmsk", decode_bmsk},
+    {"and", decode_logic<Logic::And>},
+    {"or", decode_logic<Logic::Or>},
+    {"xor", decode_logic<Logic::Xor>},
+    {"not", decode_logic<Logic::Not>},
+    {"cnot", decode_cnot},
+    {"shl", decode_shift},
+    {"shr", decode_shift},
+    {"popc", decode_count},
+    {"clz", decode_count},
+    {"bfind", decode_count},
+    {"brev", decode_brev},
+    {"bfe", decode_bfe},
+    {"bfi", decode_bfi},
+    {"shf", decode_shf},
+    {"lop3", decode_lop3},
+    {"prmt", decode_prmt},
+    {"bmsk", decode_bmsk},
 };
 
 }  // namespace ptxemu

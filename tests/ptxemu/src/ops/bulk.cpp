@@ -1,5 +1,5 @@
-// Bulk copies: the copy engine moves bytes between global and shared memory (PTX ISA, "cp.async.bulk",
-// "cp.reduce.async.bulk"), and the addresses of other blocks of a cluster (mapa).
+// Bulk copies: the copy engine moves bytes between global and shared memory (PTX ISA,
+// "cp.async.bulk", "cp.reduce.async.bulk"), and the addresses of other blocks of a cluster (mapa).
 #include <algorithm>
 
 #include "../memory.h"
@@ -25,20 +25,25 @@ void run_bulk(Warp& w, const Inst& inst, Mask lanes) {
     const uint64_t bytes = w.row<uint32_t>(detail.bytes)[lane];
     const uint64_t global = (detail.is_load ? detail.from : detail.to).at(w, lane);
     if (bytes % 16 || global % 16)
-      return w.report(Kind::Misaligned, inst, 1u << lane, "bulk copies are of multiples of 16 bytes, at such addresses");
+      return w.report(Kind::Misaligned, inst, 1u << lane,
+                      "bulk copies are of multiples of 16 bytes, at such addresses");
     if (bytes == 0) return;
-    const Location shared = locate(w, inst, lane, Space::SharedCluster, (detail.is_load ? detail.to : detail.from).at(w, lane),
-                                   bytes, 16, detail.is_load);
+    const Location shared =
+        locate(w, inst, lane, Space::SharedCluster,
+               (detail.is_load ? detail.to : detail.from).at(w, lane), bytes, 16, detail.is_load);
     BulkPiece piece;
     piece.shared = shared.offset;
     piece.bytes = piece.last = bytes;
     piece.global = global_range(w, inst, lane, global, bytes, !detail.is_load);
     if (shared.host == nullptr || piece.global == nullptr) return;
-    if (!detail.is_load) return start_bulk_store(w, inst, lane, {piece}, detail.reduce, detail.type);
-    const Location barrier = locate(w, inst, lane, Space::SharedCluster, detail.barrier.at(w, lane), 8, 8, true);
+    if (!detail.is_load)
+      return start_bulk_store(w, inst, lane, shared, {piece}, detail.reduce, detail.type);
+    const Location barrier =
+        locate(w, inst, lane, Space::SharedCluster, detail.barrier.at(w, lane), 8, 8, true);
     if (barrier.host == nullptr) return;
     const uint16_t* mask = detail.multicast ? w.row<uint16_t>(detail.mask) + lane : nullptr;
-    start_bulk_load(w, inst, lane, copy_targets(w, inst, lane, shared, barrier, mask), {piece}, barrier.offset);
+    start_bulk_load(w, inst, lane, copy_targets(w, inst, lane, shared, barrier, mask), {piece},
+                    barrier.offset);
   });
 }
 
@@ -57,7 +62,8 @@ void decode_bulk(Decoder& d, bool reduces) {
     detail.reduce = take_reduction(d);
     detail.type = d.take_type();
     const bool rounds = detail.type == Type::F16 || detail.type == Type::BF16;
-    if (detail.is_load || !can_reduce(detail.reduce, detail.type)) d.refuse("this reduction is not supported");
+    if (detail.is_load || !can_reduce(detail.reduce, detail.type))
+      d.refuse("this reduction is not supported");
     if (detail.reduce == BulkReduce::Add && rounds) d.take_one({"noftz"});
   }
   const size_t count = detail.is_load ? 4u + detail.multicast + hint : 3u + hint;
@@ -78,7 +84,9 @@ void run_commit(Warp& w, const Inst&, Mask lanes) {
   each_lane(lanes, [&](int lane) { ++w.bulk_groups[lane]; });
 }
 
-void run_wait(Warp& w, const Inst& inst, Mask lanes) { finish_bulk_stores(w, lanes, static_cast<uint32_t>(inst.imm)); }
+void run_wait(Warp& w, const Inst& inst, Mask lanes) {
+  finish_bulk_stores(w, lanes, static_cast<uint32_t>(inst.imm));
+}
 
 void decode_commit(Decoder& d) {
   d.need_args(0, 0);
@@ -119,8 +127,9 @@ void run_mapa(Warp& w, const Inst& inst, Mask lanes) {
   w.require_defined(inst.o[2], lanes, inst, "the rank of a block");
   each_lane(lanes, [&](int lane) {
     if (ranks[lane] >= w.block->cluster->blocks.size())
-      w.report(Kind::Invalid, inst, 1u << lane, "block " + std::to_string(ranks[lane]) + " of a cluster of " +
-                                                    std::to_string(w.block->cluster->blocks.size()));
+      w.report(Kind::Invalid, inst, 1u << lane,
+               "block " + std::to_string(ranks[lane]) + " of a cluster of " +
+                   std::to_string(w.block->cluster->blocks.size()));
   });
   Lanewise<&other_address<T>>::run(w, inst, lanes);
 }

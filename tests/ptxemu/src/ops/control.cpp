@@ -1,5 +1,5 @@
-// Control flow (PTX ISA, "Control Flow Instructions"), calls and the functions of the device's run time.
-// Warp::control moves the lanes; here is what an instruction says about where to.
+// Control flow (PTX ISA, "Control Flow Instructions"), calls and the functions of the device's run
+// time. Warp::control moves the lanes; here is what an instruction says about where to.
 #include <algorithm>
 #include <cstring>
 
@@ -10,11 +10,14 @@ namespace ptxemu {
 
 struct CallDetail : Detail {
   const Function* callee = nullptr;
-  std::vector<std::pair<Place, Place>> arguments;  // caller's parameter variable, callee's parameter
+  std::vector<std::pair<Place, Place>>
+      arguments;  // caller's parameter variable, callee's parameter
   std::vector<std::pair<Place, Place>> results;
 };
 
-const Function* callee_of(const Inst& inst) { return static_cast<const CallDetail&>(*inst.detail).callee; }
+const Function* callee_of(const Inst& inst) {
+  return static_cast<const CallDetail&>(*inst.detail).callee;
+}
 
 namespace {
 
@@ -40,7 +43,8 @@ void forget_call(Warp& w, Frame& callee, Mask lanes) {
   each_lane(lanes, [&](int lane) {
     std::fill(callee.params_defined[lane].begin(), callee.params_defined[lane].end(), uint8_t{0});
     if (function.local_bytes)
-      std::fill_n(w.local_defined[lane].begin() + static_cast<ptrdiff_t>(callee.local_base), function.local_bytes, uint8_t{0});
+      std::fill_n(w.local_defined[lane].begin() + static_cast<ptrdiff_t>(callee.local_base),
+                  function.local_bytes, uint8_t{0});
   });
 }
 
@@ -49,7 +53,8 @@ void pass_arguments(Warp& w, const Inst& inst, Frame& caller, Frame& callee, Mas
   for (const auto& [source, target] : static_cast<const CallDetail&>(*inst.detail).arguments)
     copy_place(caller, source, callee, target, lanes);
   for (const auto& [parameter, copy] : callee.function->parameters_in_local)
-    each_lane(lanes, [&, from = parameter.address, bytes = parameter.bytes, to = callee.local_base + copy.address](int lane) {
+    each_lane(lanes, [&, from = parameter.address, bytes = parameter.bytes,
+                      to = callee.local_base + copy.address](int lane) {
       std::copy_n(callee.params[lane].begin() + static_cast<ptrdiff_t>(from), bytes,
                   w.local[lane].begin() + static_cast<ptrdiff_t>(to));
       std::copy_n(callee.params_defined[lane].begin() + static_cast<ptrdiff_t>(from), bytes,
@@ -155,7 +160,8 @@ std::string one_value(const std::string& spec, Values... values) {
 
 // printf's arguments lie one after another, each aligned to its size; floats have become doubles.
 // The result is how many arguments it took.
-int formatted(Warp& w, const Inst& inst, int lane, const std::string& format, uint64_t values, std::string& text) {
+int formatted(Warp& w, const Inst& inst, int lane, const std::string& format, uint64_t values,
+              std::string& text) {
   int taken = 0;
   const auto take = [&](uint64_t bytes) {
     values = (values + bytes - 1) / bytes * bytes;
@@ -210,10 +216,12 @@ void run_printf(Warp& w, const Inst& inst, Mask lanes) {
   each_lane(lanes, [&](int lane) {
     Frame& f = *w.frame;
     const std::string format = text_at(w, inst, lane, argument(f, call.arguments.at(0), lane));
-    const int count = formatted(w, inst, lane, format, argument(f, call.arguments.at(1), lane), w.launch->report.output);
+    const int count = formatted(w, inst, lane, format, argument(f, call.arguments.at(1), lane),
+                                w.launch->report.output);
     if (call.result.bytes == 4) {
       std::memcpy(f.params[lane].data() + call.result.address, &count, 4);
-      std::fill_n(f.params_defined[lane].begin() + static_cast<ptrdiff_t>(call.result.address), 4, uint8_t{1});
+      std::fill_n(f.params_defined[lane].begin() + static_cast<ptrdiff_t>(call.result.address), 4,
+                  uint8_t{1});
     }
   });
 }
@@ -222,7 +230,9 @@ void run_assertfail(Warp& w, const Inst& inst, Mask lanes) {
   const auto& call = static_cast<const RuntimeCall&>(*inst.detail);
   const int lane = __builtin_ctz(lanes);
   const Frame& f = *w.frame;
-  const auto part = [&](size_t i) { return text_at(w, inst, lane, argument(f, call.arguments.at(i), lane)); };
+  const auto part = [&](size_t i) {
+    return text_at(w, inst, lane, argument(f, call.arguments.at(i), lane));
+  };
   w.report(Kind::Trap, inst, lanes,
            "assertion failed: " + part(0) + ", in " + part(3) + " at " + part(1) + ":" +
                std::to_string(argument(f, call.arguments.at(2), lane) & 0xffffffff));
@@ -242,7 +252,8 @@ void decode_call(Decoder& d) {
   if (at < d.args()) arguments = d.arg(at).children;
   const auto place = [&](const Arg& a) {
     const auto found = d.function.names.find(a.name);
-    if (a.kind != Arg::Kind::Symbol || found == d.function.names.end()) d.refuse("arguments must be .param variables");
+    if (a.kind != Arg::Kind::Symbol || found == d.function.names.end())
+      d.refuse("arguments must be .param variables");
     return found->second;
   };
   d.inst.counted = Class::Branch;
@@ -251,9 +262,12 @@ void decode_call(Decoder& d) {
     auto& call = d.detail<RuntimeCall>();
     for (const Arg& a : arguments) call.arguments.push_back(place(a));
     if (!results.empty()) call.result = place(results[0]);
-    if (name.name == "vprintf" && arguments.size() == 2) d.inst.run = &run_printf;
-    else if (name.name == "__assertfail" && arguments.size() == 5) d.inst.run = &run_assertfail;
-    else d.refuse("function " + name.name + " is not defined");
+    if (name.name == "vprintf" && arguments.size() == 2)
+      d.inst.run = &run_printf;
+    else if (name.name == "__assertfail" && arguments.size() == 5)
+      d.inst.run = &run_assertfail;
+    else
+      d.refuse("function " + name.name + " is not defined");
     return;
   }
   auto& call = d.detail<CallDetail>();
@@ -261,8 +275,10 @@ void decode_call(Decoder& d) {
   call.callee = &callee;
   if (arguments.size() != callee.params.size() || results.size() != callee.results.size())
     d.refuse(name.name + " has another number of parameters");
-  for (size_t i = 0; i < arguments.size(); ++i) call.arguments.emplace_back(place(arguments[i]), callee.params[i]);
-  for (size_t i = 0; i < results.size(); ++i) call.results.emplace_back(place(results[i]), callee.results[i]);
+  for (size_t i = 0; i < arguments.size(); ++i)
+    call.arguments.emplace_back(place(arguments[i]), callee.params[i]);
+  for (size_t i = 0; i < results.size(); ++i)
+    call.results.emplace_back(place(results[i]), callee.results[i]);
   d.inst.flow = Flow::Call;
   d.inst.run = &no_handler;
 }
@@ -270,8 +286,9 @@ void decode_call(Decoder& d) {
 }  // namespace
 
 const std::vector<Opcode> kControlOpcodes = {
-    {"bra", decode_bra},   {"brx.idx", decode_brx}, {"call", decode_call},  {"ret", decode_ret},
-    {"exit", decode_exit}, {"trap", decode_trap},   {"brkpt", decode_breakpoint},
+    {"bra", decode_bra},          {"brx.idx", decode_brx}, {"call", decode_call},
+    {"ret", decode_ret},          {"exit", decode_exit},   {"trap", decode_trap},
+    {"brkpt", decode_breakpoint},
 };
 
 }  // namespace ptxemu

@@ -1,7 +1,8 @@
 // cvt (PTX ISA, "Data Movement and Conversion Instructions: cvt").
 //
-// Every conversion goes through one of two exact forms: a 64-bit integer, or a double, which holds every value of the
-// narrower formats. A double that comes from .f64 or a large integer is rounded once, to the target.
+// Every conversion goes through one of two exact forms: a 64-bit integer, or a double, which holds
+// every value of the narrower formats. A double that comes from .f64 or a large integer is rounded
+// once, to the target.
 #include <algorithm>
 #include <cmath>
 
@@ -22,25 +23,38 @@ struct Conversion : Detail {
 
 double to_integral(double v, IntRound mode) {
   switch (mode) {
-    case IntRound::Nearest: return std::nearbyint(v);
-    case IntRound::Zero: return std::trunc(v);
-    case IntRound::Down: return std::floor(v);
-    case IntRound::Up: return std::ceil(v);
-    case IntRound::None: return v;
+    case IntRound::Nearest:
+      return std::nearbyint(v);
+    case IntRound::Zero:
+      return std::trunc(v);
+    case IntRound::Down:
+      return std::floor(v);
+    case IntRound::Up:
+      return std::ceil(v);
+    case IntRound::None:
+      return v;
   }
   return v;
 }
 
 double decode_value(Type type, uint64_t bits) {
   switch (type) {
-    case Type::F16: return f16_to_float(static_cast<uint16_t>(bits));
-    case Type::BF16: return bf16_to_float(static_cast<uint16_t>(bits));
-    case Type::F32: return bit_cast<float>(static_cast<uint32_t>(bits));
-    case Type::F64: return bit_cast<double>(bits);
-    case Type::E4M3: return decode<E4M3>(static_cast<uint32_t>(bits & 0xff));
-    case Type::E5M2: return decode<E5M2>(static_cast<uint32_t>(bits & 0xff));
-    case Type::TF32: return bit_cast<float>(static_cast<uint32_t>(bits));
-    default: throw std::logic_error("no floating-point format");
+    case Type::F16:
+      return f16_to_float(static_cast<uint16_t>(bits));
+    case Type::BF16:
+      return bf16_to_float(static_cast<uint16_t>(bits));
+    case Type::F32:
+      return bit_cast<float>(static_cast<uint32_t>(bits));
+    case Type::F64:
+      return bit_cast<double>(bits);
+    case Type::E4M3:
+      return decode<E4M3>(static_cast<uint32_t>(bits & 0xff));
+    case Type::E5M2:
+      return decode<E5M2>(static_cast<uint32_t>(bits & 0xff));
+    case Type::TF32:
+      return bit_cast<float>(static_cast<uint32_t>(bits));
+    default:
+      throw std::logic_error("no floating-point format");
   }
 }
 
@@ -53,14 +67,22 @@ uint32_t encode_single(double v, Round mode, bool satfinite) {
 
 uint64_t encode_value(Type type, double v, Round mode, bool satfinite) {
   switch (type) {
-    case Type::F16: return encode<F16>(v, mode, satfinite);
-    case Type::BF16: return encode<BF16>(v, mode, satfinite);
-    case Type::F32: return encode_single(v, mode, satfinite);
-    case Type::F64: return bit_cast<uint64_t>(v);
-    case Type::TF32: return uint64_t{encode<TF32>(v, mode, satfinite)} << 13;
-    case Type::E4M3: return encode<E4M3>(v, mode, satfinite);
-    case Type::E5M2: return encode<E5M2>(v, mode, satfinite);
-    default: throw std::logic_error("no floating-point format");
+    case Type::F16:
+      return encode<F16>(v, mode, satfinite);
+    case Type::BF16:
+      return encode<BF16>(v, mode, satfinite);
+    case Type::F32:
+      return encode_single(v, mode, satfinite);
+    case Type::F64:
+      return bit_cast<uint64_t>(v);
+    case Type::TF32:
+      return uint64_t{encode<TF32>(v, mode, satfinite)} << 13;
+    case Type::E4M3:
+      return encode<E4M3>(v, mode, satfinite);
+    case Type::E5M2:
+      return encode<E5M2>(v, mode, satfinite);
+    default:
+      throw std::logic_error("no floating-point format");
   }
 }
 
@@ -72,9 +94,11 @@ uint64_t largest_integer(Type type) {
   return bits == 64 ? ~uint64_t{0} : (uint64_t{1} << bits) - 1;
 }
 
-// Out of range becomes the nearest end of the range. NaN becomes 0, from .f64 or to 64 bits the top bit alone.
+// Out of range becomes the nearest end of the range. NaN becomes 0, from .f64 or to 64 bits the top
+// bit alone.
 uint64_t float_to_integer(double v, Type type, Type from) {
-  if (v != v) return from == Type::F64 || bits_of(type) == 64 ? uint64_t{1} << (bits_of(type) - 1) : 0;
+  if (v != v)
+    return from == Type::F64 || bits_of(type) == 64 ? uint64_t{1} << (bits_of(type) - 1) : 0;
   const int bits = bits_of(type) - (is_signed(type) ? 1 : 0);
   if (v >= std::ldexp(1.0, bits)) return largest_integer(type);
   if (is_signed(type)) {
@@ -91,14 +115,16 @@ uint64_t extended(uint64_t bits, Type type) {
 }
 
 uint64_t saturate_integer(uint64_t value, Type from, Type to) {
-  const __int128 wide = is_signed(from) ? static_cast<__int128>(static_cast<int64_t>(value)) : static_cast<__int128>(value);
-  const __int128 low = is_signed(to) ? static_cast<__int128>(static_cast<int64_t>(smallest_integer(to))) : 0;
+  const __int128 wide = is_signed(from) ? static_cast<__int128>(static_cast<int64_t>(value))
+                                        : static_cast<__int128>(value);
+  const __int128 low =
+      is_signed(to) ? static_cast<__int128>(static_cast<int64_t>(smallest_integer(to))) : 0;
   const auto high = static_cast<__int128>(largest_integer(to));
   return static_cast<uint64_t>(std::clamp(wide, low, high));
 }
 
-// A 64-bit integer has more bits than a double: what is cut off is kept as an odd last bit, so that rounding the
-// double to a narrower format rounds the integer once.
+// A 64-bit integer has more bits than a double: what is cut off is kept as an odd last bit, so that
+// rounding the double to a narrower format rounds the integer once.
 double integer_to_double(uint64_t value, Type from) {
   const bool negative = is_signed(from) && static_cast<int64_t>(value) < 0;
   uint64_t magnitude = negative ? 0 - value : value;
@@ -115,14 +141,17 @@ uint64_t convert_one(const Conversion& c, uint64_t bits) {
     uint64_t value = extended(bits, c.from);
     if (!is_float(c.to)) return c.sat ? saturate_integer(value, c.from, c.to) : value;
     // Into [0, 1].
-    if (c.sat) return encode_value(c.to, value != 0 && !(is_signed(c.from) && value >> 63) ? 1.0 : 0.0, c.round, false);
+    if (c.sat)
+      return encode_value(c.to, value != 0 && !(is_signed(c.from) && value >> 63) ? 1.0 : 0.0,
+                          c.round, false);
     if (c.sat) value = value == 0 || (is_signed(c.from) && static_cast<int64_t>(value) < 0) ? 0 : 1;
     if (c.to == Type::F64) {
       // Rounded to 53 bits here, in the mode asked for.
       const bool negative = is_signed(c.from) && static_cast<int64_t>(value) < 0;
       const uint64_t magnitude = negative ? 0 - value : value;
       if (c.round == Round::Nearest || !(magnitude >> 53))
-        return bit_cast<uint64_t>(negative ? -static_cast<double>(magnitude) : static_cast<double>(magnitude));
+        return bit_cast<uint64_t>(negative ? -static_cast<double>(magnitude)
+                                           : static_cast<double>(magnitude));
       const int extra = 11 - __builtin_clzll(magnitude);
       const uint64_t cut = magnitude >> extra, rest = magnitude & ((uint64_t{1} << extra) - 1);
       const bool up = rest && (c.round == (negative ? Round::Down : Round::Up));
@@ -138,7 +167,8 @@ uint64_t convert_one(const Conversion& c, uint64_t bits) {
   if (c.sat) v = v > 0 ? (v < 1 ? v : 1.0) : 0.0;
   if (c.relu) v = v > 0 ? v : v != v ? v : 0.0;
   uint64_t result = encode_value(c.to, v, c.round, c.satfinite);
-  if (c.ftz && c.to == Type::F32) result = bit_cast<uint32_t>(flush(bit_cast<float>(static_cast<uint32_t>(result))));
+  if (c.ftz && c.to == Type::F32)
+    result = bit_cast<uint32_t>(flush(bit_cast<float>(static_cast<uint32_t>(result))));
   return result;
 }
 
@@ -155,20 +185,27 @@ void run_general(Warp& w, const Inst& inst, Mask lanes) {
   each_lane(lanes, [&](int lane) {
     uint64_t value = convert_one(c, read_lane(s, lane, c.from_bytes));
     if (!is_float(c.to)) value = extended(value, c.to);  // into a register that may be wider
-    std::memcpy(d + static_cast<ptrdiff_t>(lane) * c.to_bytes, &value, static_cast<size_t>(c.to_bytes));
+    std::memcpy(d + static_cast<ptrdiff_t>(lane) * c.to_bytes, &value,
+                static_cast<size_t>(c.to_bytes));
   });
   w.flow(inst.o[0], lanes, inst, inst.o[1]);
 }
 
-// ---- pairs: cvt.f16x2.f32 d, a, b (a is the upper half), cvt.e4m3x2.f32, and from one packed format to another
+// ---- pairs: cvt.f16x2.f32 d, a, b (a is the upper half), cvt.e4m3x2.f32, and from one packed
+// format to another
 
 Type element_of(Type type) {
   switch (type) {
-    case Type::F16x2: return Type::F16;
-    case Type::BF16x2: return Type::BF16;
-    case Type::E4M3x2: return Type::E4M3;
-    case Type::E5M2x2: return Type::E5M2;
-    default: return Type::None;
+    case Type::F16x2:
+      return Type::F16;
+    case Type::BF16x2:
+      return Type::BF16;
+    case Type::E4M3x2:
+      return Type::E4M3;
+    case Type::E5M2x2:
+      return Type::E5M2;
+    default:
+      return Type::None;
   }
 }
 
@@ -179,7 +216,8 @@ void run_join(Warp& w, const Inst& inst, Mask lanes) {  // o: result, upper, low
   const int bits = bits_of(c.to);
   each_lane(lanes, [&](int lane) {
     const uint64_t value = convert_one(c, high[lane]) << bits | convert_one(c, low[lane]);
-    std::memcpy(d + static_cast<ptrdiff_t>(lane) * c.to_bytes, &value, static_cast<size_t>(c.to_bytes));
+    std::memcpy(d + static_cast<ptrdiff_t>(lane) * c.to_bytes, &value,
+                static_cast<size_t>(c.to_bytes));
   });
   w.flow(inst.o[0], lanes, inst, inst.o[1], inst.o[2]);
 }
@@ -192,22 +230,30 @@ void run_packed(Warp& w, const Inst& inst, Mask lanes) {
   each_lane(lanes, [&](int lane) {
     const uint64_t both = read_lane(s, lane, c.from_bytes), mask = (uint64_t{1} << from) - 1;
     const uint64_t value = convert_one(c, both >> from & mask) << to | convert_one(c, both & mask);
-    std::memcpy(d + static_cast<ptrdiff_t>(lane) * c.to_bytes, &value, static_cast<size_t>(c.to_bytes));
+    std::memcpy(d + static_cast<ptrdiff_t>(lane) * c.to_bytes, &value,
+                static_cast<size_t>(c.to_bytes));
   });
   w.flow(inst.o[0], lanes, inst, inst.o[1]);
 }
 
 // ---- the frequent ones as vector code
 
-uint32_t pack_bf16(float high, float low) { return static_cast<uint32_t>(float_to_bf16(high)) << 16 | float_to_bf16(low); }
-uint32_t pack_f16(float high, float low) { return static_cast<uint32_t>(float_to_f16(high)) << 16 | float_to_f16(low); }
+uint32_t pack_bf16(float high, float low) {
+  return static_cast<uint32_t>(float_to_bf16(high)) << 16 | float_to_bf16(low);
+}
+uint32_t pack_f16(float high, float low) {
+  return static_cast<uint32_t>(float_to_f16(high)) << 16 | float_to_f16(low);
+}
 uint32_t widened(uint16_t v) { return v; }
 uint64_t widened_unsigned(uint32_t v) { return v; }
 int64_t widened_signed(int32_t v) { return v; }
 float from_signed(int32_t v) { return static_cast<float>(v); }
 
 // The lower half, which may be defined where the whole is not.
-template <class Half, class Whole> Half lower(Whole v) { return static_cast<Half>(v); }
+template <class Half, class Whole>
+Half lower(Whole v) {
+  return static_cast<Half>(v);
+}
 template <class Half, class Whole>
 void run_lower(Warp& w, const Inst& inst, Mask lanes) {
   Lanewise<&lower<Half, Whole>>::run(w, inst, lanes);
@@ -215,7 +261,8 @@ void run_lower(Warp& w, const Inst& inst, Mask lanes) {
 }
 
 Handler fast_path(const Conversion& c) {
-  const bool plain = c.round == Round::Nearest && !c.ftz && !c.sat && !c.relu && !c.satfinite && c.int_round == IntRound::None;
+  const bool plain = c.round == Round::Nearest && !c.ftz && !c.sat && !c.relu && !c.satfinite &&
+                     c.int_round == IntRound::None;
   if (!plain) return nullptr;
   const auto is = [&](Type to, Type from) { return c.to == to && c.from == from; };
   const auto widths = [&](int to, int from) { return c.to_bytes == to && c.from_bytes == from; };
@@ -253,9 +300,22 @@ void check_rounding(Decoder& d, const Conversion& c, bool to_float, bool to_inte
 
 bool is_number(Type type) {
   switch (type) {
-    case Type::U8: case Type::U16: case Type::U32: case Type::U64: case Type::S8: case Type::S16: case Type::S32:
-    case Type::S64: case Type::F16: case Type::BF16: case Type::F32: case Type::F64: case Type::TF32: return true;
-    default: return false;
+    case Type::U8:
+    case Type::U16:
+    case Type::U32:
+    case Type::U64:
+    case Type::S8:
+    case Type::S16:
+    case Type::S32:
+    case Type::S64:
+    case Type::F16:
+    case Type::BF16:
+    case Type::F32:
+    case Type::F64:
+    case Type::TF32:
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -264,9 +324,11 @@ void check_modifiers(Decoder& d, const Conversion& c, Type to_element) {
   const bool is_byte = to == Type::E4M3 || to == Type::E5M2;
   const bool is_short = to == Type::F16 || to == Type::BF16 || to == Type::TF32 || is_byte;
   if (is_byte && (!c.satfinite || c.round != Round::Nearest)) d.refuse("needs .rn.satfinite");
-  if (c.sat && (to_element != Type::None || to == Type::BF16 || to == Type::TF32)) d.refuse(".sat is not for this type");
+  if (c.sat && (to_element != Type::None || to == Type::BF16 || to == Type::TF32))
+    d.refuse(".sat is not for this type");
   if ((c.relu || c.satfinite) && !is_short) d.refuse(".relu and .satfinite are for short formats");
-  if ((to == Type::TF32 || to_element != Type::None || c.relu || c.satfinite) && (c.round == Round::Down || c.round == Round::Up))
+  if ((to == Type::TF32 || to_element != Type::None || c.relu || c.satfinite) &&
+      (c.round == Round::Down || c.round == Round::Up))
     d.refuse("needs .rn or .rz");
   if (c.ftz && c.to != Type::F32 && c.from != Type::F32) d.refuse(".ftz is for .f32");
 }
@@ -274,10 +336,14 @@ void check_modifiers(Decoder& d, const Conversion& c, Type to_element) {
 void decode_cvt(Decoder& d) {
   auto& c = d.detail<Conversion>();
   const int round = d.take_one({"rn", "rz", "rm", "rp", "rna", "rni", "rzi", "rmi", "rpi"}, 9);
-  static constexpr Round kRounds[] = {Round::Nearest, Round::Zero, Round::Down, Round::Up, Round::NearestAway};
-  static constexpr IntRound kIntRounds[] = {IntRound::Nearest, IntRound::Zero, IntRound::Down, IntRound::Up};
-  if (round < 5) c.round = kRounds[round];
-  else if (round < 9) c.int_round = kIntRounds[round - 5];
+  static constexpr Round kRounds[] = {Round::Nearest, Round::Zero, Round::Down, Round::Up,
+                                      Round::NearestAway};
+  static constexpr IntRound kIntRounds[] = {IntRound::Nearest, IntRound::Zero, IntRound::Down,
+                                            IntRound::Up};
+  if (round < 5)
+    c.round = kRounds[round];
+  else if (round < 9)
+    c.int_round = kIntRounds[round - 5];
   c.ftz = d.take("ftz");
   c.sat = d.take("sat");
   c.relu = d.take("relu");
@@ -306,7 +372,7 @@ void decode_cvt(Decoder& d) {
     d.inst.o[1] = d.src(d.arg(1), Type::F32);
     d.inst.o[2] = d.src(d.arg(2), Type::F32);
     const bool plain = c.round == Round::Nearest && !c.relu && !c.satfinite && !c.ftz && !c.sat;
-    d.inst.run = plain && c.to == Type::BF16 ? &Lanewise<&pack_bf16>::run
+    d.inst.run = plain && c.to == Type::BF16  ? &Lanewise<&pack_bf16>::run
                  : plain && c.to == Type::F16 ? &Lanewise<&pack_f16>::run
                                               : &run_join;
     return;

@@ -1,5 +1,6 @@
-// Floating-point arithmetic (PTX ISA, "Floating Point", "Half Precision" and "Mixed Precision" instructions).
-// Compiled with -frounding-math: directed rounding is the CPU's own, set around a loop.
+// Floating-point arithmetic (PTX ISA, "Floating Point", "Half Precision" and "Mixed Precision"
+// instructions). Compiled with -frounding-math: directed rounding is the CPU's own, set around a
+// loop.
 #include <algorithm>
 #include <cfenv>
 #include <cmath>
@@ -14,47 +15,102 @@ namespace {
 
 // ---- one value
 
-template <class T> T add(T a, T b) { return a + b; }
-template <class T> T sub(T a, T b) { return a - b; }
-template <class T> T mul(T a, T b) { return a * b; }
-template <class T> T div(T a, T b) { return a / b; }
-template <class T> T fused(T a, T b, T c) { return std::fma(a, b, c); }
-template <class T> T reciprocal(T a) { return T{1} / a; }
-template <class T> T square_root(T a) { return std::sqrt(a); }
-template <class T> T absolute(T a) { return std::fabs(a); }
-template <class T> T negate(T a) { return -a; }
-template <class T> T copy_sign(T sign, T value) { return std::copysign(value, sign); }
+template <class T>
+T add(T a, T b) {
+  return a + b;
+}
+template <class T>
+T sub(T a, T b) {
+  return a - b;
+}
+template <class T>
+T mul(T a, T b) {
+  return a * b;
+}
+template <class T>
+T div(T a, T b) {
+  return a / b;
+}
+template <class T>
+T fused(T a, T b, T c) {
+  return std::fma(a, b, c);
+}
+template <class T>
+T reciprocal(T a) {
+  return T{1} / a;
+}
+template <class T>
+T square_root(T a) {
+  return std::sqrt(a);
+}
+template <class T>
+T absolute(T a) {
+  return std::fabs(a);
+}
+template <class T>
+T negate(T a) {
+  return -a;
+}
+template <class T>
+T copy_sign(T sign, T value) {
+  return std::copysign(value, sign);
+}
 
 // The zeros are ordered, -0 < +0; NaN loses against a number, or wins with .NaN.
-template <class T> T minimum(T a, T b) {
+template <class T>
+T minimum(T a, T b) {
   if (a != a) return b;
   if (b != b) return a;
   return a < b || (a == b && std::signbit(a)) ? a : b;
 }
-template <class T> T maximum(T a, T b) {
+template <class T>
+T maximum(T a, T b) {
   if (a != a) return b;
   if (b != b) return a;
   return a > b || (a == b && std::signbit(b)) ? a : b;
 }
-template <class T> T canonical_nan() {
-  if constexpr (sizeof(T) == 4) return bit_cast<float>(0x7fffffffu);
-  else return std::numeric_limits<T>::quiet_NaN();
+template <class T>
+T canonical_nan() {
+  if constexpr (sizeof(T) == 4)
+    return bit_cast<float>(0x7fffffffu);
+  else
+    return std::numeric_limits<T>::quiet_NaN();
 }
-template <class T> T minimum_nan(T a, T b) { return a != a || b != b ? canonical_nan<T>() : minimum(a, b); }
-template <class T> T maximum_nan(T a, T b) { return a != a || b != b ? canonical_nan<T>() : maximum(a, b); }
-template <class T> T minimum3(T a, T b, T c) { return minimum(minimum(a, b), c); }
-template <class T> T maximum3(T a, T b, T c) { return maximum(maximum(a, b), c); }
-template <class T> T minimum3_nan(T a, T b, T c) { return minimum_nan(minimum_nan(a, b), c); }
-template <class T> T maximum3_nan(T a, T b, T c) { return maximum_nan(maximum_nan(a, b), c); }
+template <class T>
+T minimum_nan(T a, T b) {
+  return a != a || b != b ? canonical_nan<T>() : minimum(a, b);
+}
+template <class T>
+T maximum_nan(T a, T b) {
+  return a != a || b != b ? canonical_nan<T>() : maximum(a, b);
+}
+template <class T>
+T minimum3(T a, T b, T c) {
+  return minimum(minimum(a, b), c);
+}
+template <class T>
+T maximum3(T a, T b, T c) {
+  return maximum(maximum(a, b), c);
+}
+template <class T>
+T minimum3_nan(T a, T b, T c) {
+  return minimum_nan(minimum_nan(a, b), c);
+}
+template <class T>
+T maximum3_nan(T a, T b, T c) {
+  return maximum_nan(maximum_nan(a, b), c);
+}
 // .xorsign.abs: F of the magnitudes, with the sign of the product.
 template <float (*F)(float, float)>
 float with_xor_sign(float a, float b) {
   const float v = F(std::fabs(a), std::fabs(b));
-  return v != v ? v : std::copysign(v, bit_cast<float>(bit_cast<uint32_t>(a) ^ bit_cast<uint32_t>(b)));
+  return v != v ? v
+                : std::copysign(v, bit_cast<float>(bit_cast<uint32_t>(a) ^ bit_cast<uint32_t>(b)));
 }
 
-// ---- approximations: here the rounded exact value, which lies within the error that PTX allows (2 ulp for ex2,
-// 1 for rcp, 2 for rsqrt and division, 2^-20.5 .. 2^-22 absolute for sin, cos and lg2, 2^-11 relative for tanh).
+// ---- approximations: here the rounded exact value, which lies within the error that PTX allows (2
+// ulp for ex2, 1 for rcp, 2 for rsqrt and division, 2^-20.5 .. 2^-22 absolute for sin, cos and lg2,
+// 2^-11 relative for tanh).
 
 // 2^a in double, good to 1e-13, written so that the compiler makes vectors of it.
 double exp2_wide(double a) {
@@ -83,17 +139,29 @@ float cos_approx(float a) { return static_cast<float>(std::cos(static_cast<doubl
 float tanh_approx(float a) { return static_cast<float>(std::tanh(static_cast<double>(a))); }
 float rsqrt_approx(float a) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(a))); }
 float div_approx(float a, float b) {
-  // For 2^126 < |b| the hardware's reciprocal is a denormal and is flushed: 0, or NaN for an infinite a.
+  // For 2^126 < |b| the hardware's reciprocal is a denormal and is flushed: 0, or NaN for an
+  // infinite a.
   const float size = std::fabs(b);
-  if (size > 0x1p126f && size < std::numeric_limits<float>::infinity()) return a * std::copysign(0.0f, b);
+  if (size > 0x1p126f && size < std::numeric_limits<float>::infinity())
+    return a * std::copysign(0.0f, b);
   return a / b;
 }
 // Of doubles only the upper half is computed, and denormals are zeros.
-double upper_half(double v) { return bit_cast<double>(bit_cast<uint64_t>(v) & 0xffffffff00000000u); }
-double flush_double(double v) { return bit_cast<uint64_t>(v) & 0x7ff0000000000000u ? v : std::copysign(0.0, v); }
-double canonical_upper(double v) { return v != v ? bit_cast<double>(uint64_t{0x7fffffff00000000u}) : upper_half(v); }
-double reciprocal_upper(double a) { return canonical_upper(flush_double(1.0 / flush_double(upper_half(a)))); }
-double rsqrt_upper(double a) { return canonical_upper(1.0 / std::sqrt(flush_double(upper_half(a)))); }
+double upper_half(double v) {
+  return bit_cast<double>(bit_cast<uint64_t>(v) & 0xffffffff00000000u);
+}
+double flush_double(double v) {
+  return bit_cast<uint64_t>(v) & 0x7ff0000000000000u ? v : std::copysign(0.0, v);
+}
+double canonical_upper(double v) {
+  return v != v ? bit_cast<double>(uint64_t{0x7fffffff00000000u}) : upper_half(v);
+}
+double reciprocal_upper(double a) {
+  return canonical_upper(flush_double(1.0 / flush_double(upper_half(a))));
+}
+double rsqrt_upper(double a) {
+  return canonical_upper(1.0 / std::sqrt(flush_double(upper_half(a))));
+}
 double rsqrt_double(double a) { return 1.0 / std::sqrt(a); }
 
 float saturated(float v) { return v > 0 ? (v < 1 ? v : 1.0f) : 0.0f; }  // NaN too becomes 0
@@ -128,19 +196,23 @@ void run_rounded(Warp& w, const Inst& inst, Mask lanes) {
 
 template <auto F>
 Handler rounded(int mode) {
-  static constexpr Handler kModes[] = {&Lanewise<F>::run, &run_rounded<F, FE_TOWARDZERO>, &run_rounded<F, FE_DOWNWARD>,
-                                       &run_rounded<F, FE_UPWARD>};
+  static constexpr Handler kModes[] = {&Lanewise<F>::run, &run_rounded<F, FE_TOWARDZERO>,
+                                       &run_rounded<F, FE_DOWNWARD>, &run_rounded<F, FE_UPWARD>};
   return kModes[mode];
 }
 
 template <auto F>
 Handler single(int mode, bool ftz, bool sat) {
-  if (ftz) return sat ? rounded<&Variant<F, true, true>::apply>(mode) : rounded<&Variant<F, true, false>::apply>(mode);
+  if (ftz)
+    return sat ? rounded<&Variant<F, true, true>::apply>(mode)
+               : rounded<&Variant<F, true, false>::apply>(mode);
   return sat ? rounded<&Variant<F, false, true>::apply>(mode) : rounded<F>(mode);
 }
 
 // To nearest where none is named and PTX allows that.
-int take_rounding(Decoder& d, bool mandatory = false) { return d.take_one({"rn", "rz", "rm", "rp"}, mandatory ? -1 : 0); }
+int take_rounding(Decoder& d, bool mandatory = false) {
+  return d.take_one({"rn", "rz", "rm", "rp"}, mandatory ? -1 : 0);
+}
 
 // ---- halves: each operation is done exactly enough in a wider type, and rounded once
 
@@ -165,7 +237,7 @@ struct Brain {
     uint32_t bits = bit_cast<uint32_t>(f);
     if (v == v && static_cast<double>(f) != v && std::isfinite(f)) {
       if (std::fabs(static_cast<double>(f)) > std::fabs(v)) --bits;  // toward zero ...
-      bits |= 1;                                                      // ... and odd
+      bits |= 1;                                                     // ... and odd
     }
     return float_to_bf16(bit_cast<float>(bits));
   }
@@ -173,7 +245,24 @@ struct Brain {
 };
 
 // ...Xor: .xorsign.abs
-enum class HalfOp { Add, Sub, Mul, Fma, Min, Max, MinNan, MaxNan, MinXor, MaxXor, MinNanXor, MaxNanXor, Abs, Neg, Exp2, Tanh };
+enum class HalfOp {
+  Add,
+  Sub,
+  Mul,
+  Fma,
+  Min,
+  Max,
+  MinNan,
+  MaxNan,
+  MinXor,
+  MaxXor,
+  MinNanXor,
+  MaxNanXor,
+  Abs,
+  Neg,
+  Exp2,
+  Tanh
+};
 
 template <class F, HalfOp kOp, bool kFtz, bool kSat, bool kRelu>
 uint16_t half_op(uint16_t a, uint16_t b, uint16_t c) {
@@ -182,24 +271,46 @@ uint16_t half_op(uint16_t a, uint16_t b, uint16_t c) {
   if (kOp == HalfOp::Neg) return a ^ 0x8000;
   if (kOp >= HalfOp::MinXor && kOp <= HalfOp::MaxNanXor) {
     constexpr auto kPlain = static_cast<HalfOp>(static_cast<int>(kOp) - 4);
-    const uint16_t size = half_op<F, kOp >= HalfOp::MinXor && kOp <= HalfOp::MaxNanXor ? kPlain : HalfOp::Min, kFtz, kSat, kRelu>(
-        a & 0x7fff, b & 0x7fff, 0);
+    const uint16_t size = half_op < F,
+                   kOp >= HalfOp::MinXor && kOp <= HalfOp::MaxNanXor ? kPlain : HalfOp::Min, kFtz,
+                   kSat, kRelu > (a & 0x7fff, b & 0x7fff, 0);
     return F::wide(size) != F::wide(size) ? size : size | ((a ^ b) & 0x8000);
   }
   const double x = F::wide(a), y = F::wide(b), z = F::wide(c);
   double v = 0;
   switch (kOp) {
-    case HalfOp::Add: v = x + y; break;
-    case HalfOp::Sub: v = x - y; break;
-    case HalfOp::Mul: v = x * y; break;
-    case HalfOp::Fma: v = add_to_odd(x * y, z); break;
-    case HalfOp::Min: v = minimum(x, y); break;
-    case HalfOp::Max: v = maximum(x, y); break;
-    case HalfOp::MinNan: v = minimum_nan(x, y); break;
-    case HalfOp::MaxNan: v = maximum_nan(x, y); break;
-    case HalfOp::Exp2: v = std::exp2(x); break;
-    case HalfOp::Tanh: v = std::tanh(x); break;
-    default: break;
+    case HalfOp::Add:
+      v = x + y;
+      break;
+    case HalfOp::Sub:
+      v = x - y;
+      break;
+    case HalfOp::Mul:
+      v = x * y;
+      break;
+    case HalfOp::Fma:
+      v = add_to_odd(x * y, z);
+      break;
+    case HalfOp::Min:
+      v = minimum(x, y);
+      break;
+    case HalfOp::Max:
+      v = maximum(x, y);
+      break;
+    case HalfOp::MinNan:
+      v = minimum_nan(x, y);
+      break;
+    case HalfOp::MaxNan:
+      v = maximum_nan(x, y);
+      break;
+    case HalfOp::Exp2:
+      v = std::exp2(x);
+      break;
+    case HalfOp::Tanh:
+      v = std::tanh(x);
+      break;
+    default:
+      break;
   }
   if (kSat) v = v > 0 ? (v < 1 ? v : 1.0) : 0.0;
   if (kRelu && v < 0) v = 0;
@@ -211,14 +322,15 @@ uint16_t half_op(uint16_t a, uint16_t b, uint16_t c) {
 template <class F, HalfOp kOp, bool kFtz, bool kSat, bool kRelu>
 uint32_t packed_op(uint32_t a, uint32_t b, uint32_t c) {
   const auto one = [](uint32_t x, uint32_t y, uint32_t z) {
-    return half_op<F, kOp, kFtz, kSat, kRelu>(static_cast<uint16_t>(x), static_cast<uint16_t>(y), static_cast<uint16_t>(z));
+    return half_op<F, kOp, kFtz, kSat, kRelu>(static_cast<uint16_t>(x), static_cast<uint16_t>(y),
+                                              static_cast<uint16_t>(z));
   };
   return one(a, b, c) | static_cast<uint32_t>(one(a >> 16, b >> 16, c >> 16)) << 16;
 }
 
 template <class F, HalfOp kOp>
 Handler half_handler(bool packed, bool ftz, bool sat, bool relu) {
-#define PTXEMU_HALF(z, s, r)                                                       \
+#define PTXEMU_HALF(z, s, r) \
   (packed ? &Lanewise<&packed_op<F, kOp, z, s, r>>::run : &Lanewise<&half_op<F, kOp, z, s, r>>::run)
   if (relu) return ftz ? PTXEMU_HALF(true, false, true) : PTXEMU_HALF(false, false, true);
   if (sat) return ftz ? PTXEMU_HALF(true, true, false) : PTXEMU_HALF(false, true, false);
@@ -229,29 +341,46 @@ Handler half_handler(bool packed, bool ftz, bool sat, bool relu) {
 template <class F>
 Handler choose_half(Decoder& d, HalfOp op, bool packed, bool ftz, bool sat, bool relu) {
   switch (op) {
-    case HalfOp::Add: return half_handler<F, HalfOp::Add>(packed, ftz, sat, relu);
-    case HalfOp::Sub: return half_handler<F, HalfOp::Sub>(packed, ftz, sat, relu);
-    case HalfOp::Mul: return half_handler<F, HalfOp::Mul>(packed, ftz, sat, relu);
-    case HalfOp::Fma: return half_handler<F, HalfOp::Fma>(packed, ftz, sat, relu);
-    case HalfOp::Min: return half_handler<F, HalfOp::Min>(packed, ftz, sat, relu);
-    case HalfOp::Max: return half_handler<F, HalfOp::Max>(packed, ftz, sat, relu);
-    case HalfOp::MinNan: return half_handler<F, HalfOp::MinNan>(packed, ftz, sat, relu);
-    case HalfOp::MaxNan: return half_handler<F, HalfOp::MaxNan>(packed, ftz, sat, relu);
-    case HalfOp::MinXor: return half_handler<F, HalfOp::MinXor>(packed, ftz, sat, relu);
-    case HalfOp::MaxXor: return half_handler<F, HalfOp::MaxXor>(packed, ftz, sat, relu);
-    case HalfOp::MinNanXor: return half_handler<F, HalfOp::MinNanXor>(packed, ftz, sat, relu);
-    case HalfOp::MaxNanXor: return half_handler<F, HalfOp::MaxNanXor>(packed, ftz, sat, relu);
-    case HalfOp::Abs: return half_handler<F, HalfOp::Abs>(packed, ftz, sat, relu);
-    case HalfOp::Neg: return half_handler<F, HalfOp::Neg>(packed, ftz, sat, relu);
-    case HalfOp::Exp2: return half_handler<F, HalfOp::Exp2>(packed, ftz, sat, relu);
-    case HalfOp::Tanh: return half_handler<F, HalfOp::Tanh>(packed, ftz, sat, relu);
+    case HalfOp::Add:
+      return half_handler<F, HalfOp::Add>(packed, ftz, sat, relu);
+    case HalfOp::Sub:
+      return half_handler<F, HalfOp::Sub>(packed, ftz, sat, relu);
+    case HalfOp::Mul:
+      return half_handler<F, HalfOp::Mul>(packed, ftz, sat, relu);
+    case HalfOp::Fma:
+      return half_handler<F, HalfOp::Fma>(packed, ftz, sat, relu);
+    case HalfOp::Min:
+      return half_handler<F, HalfOp::Min>(packed, ftz, sat, relu);
+    case HalfOp::Max:
+      return half_handler<F, HalfOp::Max>(packed, ftz, sat, relu);
+    case HalfOp::MinNan:
+      return half_handler<F, HalfOp::MinNan>(packed, ftz, sat, relu);
+    case HalfOp::MaxNan:
+      return half_handler<F, HalfOp::MaxNan>(packed, ftz, sat, relu);
+    case HalfOp::MinXor:
+      return half_handler<F, HalfOp::MinXor>(packed, ftz, sat, relu);
+    case HalfOp::MaxXor:
+      return half_handler<F, HalfOp::MaxXor>(packed, ftz, sat, relu);
+    case HalfOp::MinNanXor:
+      return half_handler<F, HalfOp::MinNanXor>(packed, ftz, sat, relu);
+    case HalfOp::MaxNanXor:
+      return half_handler<F, HalfOp::MaxNanXor>(packed, ftz, sat, relu);
+    case HalfOp::Abs:
+      return half_handler<F, HalfOp::Abs>(packed, ftz, sat, relu);
+    case HalfOp::Neg:
+      return half_handler<F, HalfOp::Neg>(packed, ftz, sat, relu);
+    case HalfOp::Exp2:
+      return half_handler<F, HalfOp::Exp2>(packed, ftz, sat, relu);
+    case HalfOp::Tanh:
+      return half_handler<F, HalfOp::Tanh>(packed, ftz, sat, relu);
   }
   d.refuse("is not supported");
 }
 
 // Which modifiers an operation has: .approx or a rounding that is mandatory, .sat, .ftz.
 void check_half_modifiers(Decoder& d, HalfOp op, bool brain, bool ftz, bool sat, bool relu) {
-  const bool is_sum = op == HalfOp::Add || op == HalfOp::Sub || op == HalfOp::Mul || op == HalfOp::Fma;
+  const bool is_sum =
+      op == HalfOp::Add || op == HalfOp::Sub || op == HalfOp::Mul || op == HalfOp::Fma;
   const bool is_approximate = op == HalfOp::Exp2 || op == HalfOp::Tanh;
   if (is_approximate) d.take_one({"approx"});
   if (op == HalfOp::Fma) d.take_one({"rn"});
@@ -264,7 +393,8 @@ void check_half_modifiers(Decoder& d, HalfOp op, bool brain, bool ftz, bool sat,
 
 void decode_half(Decoder& d, Type type, HalfOp op, size_t sources) {
   const bool is_nan = d.take("NaN");
-  const bool ftz = d.take("ftz"), sat = d.take("sat"), relu = d.take("relu"), xor_sign = d.take("xorsign");
+  const bool ftz = d.take("ftz"), sat = d.take("sat"), relu = d.take("relu"),
+             xor_sign = d.take("xorsign");
   if (is_nan || xor_sign) {
     if (op != HalfOp::Min && op != HalfOp::Max) d.refuse(".NaN and .xorsign are for min and max");
     if (xor_sign) d.take_one({"abs"});
@@ -278,7 +408,8 @@ void decode_half(Decoder& d, Type type, HalfOp op, size_t sources) {
   for (size_t i = sources + 1; i <= 3; ++i) d.inst.o[i] = d.inst.o[1];
   d.inst.counted = op == HalfOp::Exp2 || op == HalfOp::Tanh ? Class::Mufu : Class::Half;
   d.inst.in_halves = packed;
-  d.inst.run = brain ? choose_half<Brain>(d, op, packed, ftz, sat, relu) : choose_half<Half>(d, op, packed, ftz, sat, relu);
+  d.inst.run = brain ? choose_half<Brain>(d, op, packed, ftz, sat, relu)
+                     : choose_half<Half>(d, op, packed, ftz, sat, relu);
 }
 
 // ---- pairs of floats in 64 bits
@@ -295,7 +426,8 @@ struct Pairwise<F> {
 };
 template <auto F>
 Handler pairwise(int mode, bool ftz) {
-  return ftz ? rounded<&Pairwise<&Variant<F, true, false>::apply>::apply>(mode) : rounded<&Pairwise<F>::apply>(mode);
+  return ftz ? rounded<&Pairwise<&Variant<F, true, false>::apply>::apply>(mode)
+             : rounded<&Pairwise<F>::apply>(mode);
 }
 
 void decode_pairs(Decoder& d, const std::string& name) {
@@ -305,18 +437,30 @@ void decode_pairs(Decoder& d, const std::string& name) {
   same_type_operands(d, Type::B64, name == "fma" ? 3 : 2);
   d.inst.in_halves = true;
   d.inst.counted = Class::Fp32;
-  if (name == "add") d.inst.run = pairwise<&add<float>>(mode, ftz);
-  else if (name == "sub") d.inst.run = pairwise<&sub<float>>(mode, ftz);
-  else if (name == "mul") d.inst.run = pairwise<&mul<float>>(mode, ftz);
-  else if (name == "fma") d.inst.run = pairwise<&fused<float>>(mode, ftz);
-  else d.refuse("is not supported");
+  if (name == "add")
+    d.inst.run = pairwise<&add<float>>(mode, ftz);
+  else if (name == "sub")
+    d.inst.run = pairwise<&sub<float>>(mode, ftz);
+  else if (name == "mul")
+    d.inst.run = pairwise<&mul<float>>(mode, ftz);
+  else if (name == "fma")
+    d.inst.run = pairwise<&fused<float>>(mode, ftz);
+  else
+    d.refuse("is not supported");
 }
 
 // ---- mixed precision: add.f32.bf16 and the like; the sum is in float
 
-template <class F> float add_mixed(uint16_t a, float c) { return static_cast<float>(F::wide(a)) + c; }
-template <class F> float sub_mixed(uint16_t a, float c) { return static_cast<float>(F::wide(a)) - c; }
-template <class F> float fma_mixed(uint16_t a, uint16_t b, float c) {
+template <class F>
+float add_mixed(uint16_t a, float c) {
+  return static_cast<float>(F::wide(a)) + c;
+}
+template <class F>
+float sub_mixed(uint16_t a, float c) {
+  return static_cast<float>(F::wide(a)) - c;
+}
+template <class F>
+float fma_mixed(uint16_t a, uint16_t b, float c) {
   return std::fma(static_cast<float>(F::wide(a)), static_cast<float>(F::wide(b)), c);
 }
 
@@ -332,13 +476,19 @@ void decode_mixed(Decoder& d, const std::string& name, Type narrow) {
   d.inst.o[fma ? 3 : 2] = d.src(d.arg(fma ? 3 : 2), Type::F32);
   d.inst.counted = Class::Fp32;
   const bool brain = narrow == Type::BF16;
-  if (name == "add") d.inst.run = brain ? rounded<&add_mixed<Brain>>(mode) : rounded<&add_mixed<Half>>(mode);
-  else if (name == "sub") d.inst.run = brain ? rounded<&sub_mixed<Brain>>(mode) : rounded<&sub_mixed<Half>>(mode);
-  else if (fma) d.inst.run = brain ? rounded<&fma_mixed<Brain>>(mode) : rounded<&fma_mixed<Half>>(mode);
-  else d.refuse("is not supported");
+  if (name == "add")
+    d.inst.run = brain ? rounded<&add_mixed<Brain>>(mode) : rounded<&add_mixed<Half>>(mode);
+  else if (name == "sub")
+    d.inst.run = brain ? rounded<&sub_mixed<Brain>>(mode) : rounded<&sub_mixed<Half>>(mode);
+  else if (fma)
+    d.inst.run = brain ? rounded<&fma_mixed<Brain>>(mode) : rounded<&fma_mixed<Half>>(mode);
+  else
+    d.refuse("is not supported");
 }
 
-bool is_half(Type t) { return t == Type::F16 || t == Type::BF16 || t == Type::F16x2 || t == Type::BF16x2; }
+bool is_half(Type t) {
+  return t == Type::F16 || t == Type::BF16 || t == Type::F16x2 || t == Type::BF16x2;
+}
 
 Type second_type(const std::vector<std::string>& words) {
   int seen = 0;
@@ -358,7 +508,12 @@ void decode_arithmetic(Decoder& d) {
   if (is_half(type)) {
     if (name == "div") d.refuse("is not supported");
     d.take_type();
-    return decode_half(d, type, name == "add" ? HalfOp::Add : name == "sub" ? HalfOp::Sub : name == "mul" ? HalfOp::Mul : HalfOp::Fma, sources);
+    return decode_half(d, type,
+                       name == "add"   ? HalfOp::Add
+                       : name == "sub" ? HalfOp::Sub
+                       : name == "mul" ? HalfOp::Mul
+                                       : HalfOp::Fma,
+                       sources);
   }
   if (type == Type::F32x2) return decode_pairs(d, name);
   const Type second = second_type(d.words());
@@ -370,21 +525,32 @@ void decode_arithmetic(Decoder& d) {
   same_type_operands(d, type, sources);
   if (type == Type::F64) {
     d.inst.counted = Class::Fp64;
-    if (name == "add") d.inst.run = rounded<&add<double>>(mode);
-    else if (name == "sub") d.inst.run = rounded<&sub<double>>(mode);
-    else if (name == "mul") d.inst.run = rounded<&mul<double>>(mode);
-    else if (name == "div") d.inst.run = rounded<&div<double>>(mode);
-    else d.inst.run = rounded<&fused<double>>(mode);
+    if (name == "add")
+      d.inst.run = rounded<&add<double>>(mode);
+    else if (name == "sub")
+      d.inst.run = rounded<&sub<double>>(mode);
+    else if (name == "mul")
+      d.inst.run = rounded<&mul<double>>(mode);
+    else if (name == "div")
+      d.inst.run = rounded<&div<double>>(mode);
+    else
+      d.inst.run = rounded<&fused<double>>(mode);
     if (ftz || sat || how != 2) d.refuse("modifier is not for .f64");
     return;
   }
   if (type != Type::F32) d.refuse(std::string("type .") + name_of(type) + " is not supported");
   d.inst.counted = how == 0 ? Class::Mufu : Class::Fp32;
-  if (name == "add") d.inst.run = single<&add<float>>(mode, ftz, sat);
-  else if (name == "sub") d.inst.run = single<&sub<float>>(mode, ftz, sat);
-  else if (name == "mul") d.inst.run = single<&mul<float>>(mode, ftz, sat);
-  else if (name == "fma") d.inst.run = single<&fused<float>>(mode, ftz, sat);
-  else d.inst.run = how == 0 ? single<&div_approx>(0, ftz, false) : single<&div<float>>(mode, ftz, false);
+  if (name == "add")
+    d.inst.run = single<&add<float>>(mode, ftz, sat);
+  else if (name == "sub")
+    d.inst.run = single<&sub<float>>(mode, ftz, sat);
+  else if (name == "mul")
+    d.inst.run = single<&mul<float>>(mode, ftz, sat);
+  else if (name == "fma")
+    d.inst.run = single<&fused<float>>(mode, ftz, sat);
+  else
+    d.inst.run =
+        how == 0 ? single<&div_approx>(0, ftz, false) : single<&div<float>>(mode, ftz, false);
 }
 
 // min, max, of two or three
@@ -399,7 +565,8 @@ void decode_extreme(Decoder& d) {
   const bool ftz = d.take("ftz"), nan = d.take("NaN");
   const bool xor_sign = d.take("xorsign");
   if (xor_sign) d.take_one({"abs"});
-  if (type != Type::F32 && type != Type::F64) d.refuse(std::string("type .") + name_of(type) + " is not supported");
+  if (type != Type::F32 && type != Type::F64)
+    d.refuse(std::string("type .") + name_of(type) + " is not supported");
   d.take_type();
   const size_t sources = d.args() - 1;
   same_type_operands(d, type, sources == 3 ? 3 : 2);
@@ -412,15 +579,25 @@ void decode_extreme(Decoder& d) {
   d.inst.counted = Class::Fp32;
   if (xor_sign) {
     if (sources == 3) d.refuse(".xorsign.abs with three operands is not supported");
-    if (nan) d.inst.run = is_min ? single<&with_xor_sign<minimum_nan>>(0, ftz, false) : single<&with_xor_sign<maximum_nan>>(0, ftz, false);
-    else d.inst.run = is_min ? single<&with_xor_sign<minimum>>(0, ftz, false) : single<&with_xor_sign<maximum>>(0, ftz, false);
+    if (nan)
+      d.inst.run = is_min ? single<&with_xor_sign<minimum_nan>>(0, ftz, false)
+                          : single<&with_xor_sign<maximum_nan>>(0, ftz, false);
+    else
+      d.inst.run = is_min ? single<&with_xor_sign<minimum>>(0, ftz, false)
+                          : single<&with_xor_sign<maximum>>(0, ftz, false);
   } else if (sources == 3) {
-    if (nan) d.inst.run = is_min ? single<&minimum3_nan<float>>(0, ftz, false) : single<&maximum3_nan<float>>(0, ftz, false);
-    else d.inst.run = is_min ? single<&minimum3<float>>(0, ftz, false) : single<&maximum3<float>>(0, ftz, false);
+    if (nan)
+      d.inst.run = is_min ? single<&minimum3_nan<float>>(0, ftz, false)
+                          : single<&maximum3_nan<float>>(0, ftz, false);
+    else
+      d.inst.run = is_min ? single<&minimum3<float>>(0, ftz, false)
+                          : single<&maximum3<float>>(0, ftz, false);
   } else if (nan) {
-    d.inst.run = is_min ? single<&minimum_nan<float>>(0, ftz, false) : single<&maximum_nan<float>>(0, ftz, false);
+    d.inst.run = is_min ? single<&minimum_nan<float>>(0, ftz, false)
+                        : single<&maximum_nan<float>>(0, ftz, false);
   } else {
-    d.inst.run = is_min ? single<&minimum<float>>(0, ftz, false) : single<&maximum<float>>(0, ftz, false);
+    d.inst.run =
+        is_min ? single<&minimum<float>>(0, ftz, false) : single<&maximum<float>>(0, ftz, false);
   }
 }
 
@@ -437,17 +614,23 @@ void decode_sign(Decoder& d) {
   same_type_operands(d, type, 1);
   if (type != Type::F32 && type != Type::F64) d.refuse("is not supported");
   d.inst.counted = type == Type::F64 ? Class::Fp64 : Class::Fp32;
-  if (type == Type::F64) d.inst.run = is_abs ? &Lanewise<&absolute<double>>::run : &Lanewise<&negate<double>>::run;
-  else d.inst.run = is_abs ? single<&absolute<float>>(0, ftz, false) : single<&negate<float>>(0, ftz, false);
+  if (type == Type::F64)
+    d.inst.run = is_abs ? &Lanewise<&absolute<double>>::run : &Lanewise<&negate<double>>::run;
+  else
+    d.inst.run =
+        is_abs ? single<&absolute<float>>(0, ftz, false) : single<&negate<float>>(0, ftz, false);
 }
 
 void decode_copysign(Decoder& d) {
   const Type type = d.take_type();
   same_type_operands(d, type, 2);
   d.inst.counted = Class::Fp32;
-  if (type == Type::F32) d.inst.run = &Lanewise<&copy_sign<float>>::run;
-  else if (type == Type::F64) d.inst.run = &Lanewise<&copy_sign<double>>::run;
-  else d.refuse("needs .f32 or .f64");
+  if (type == Type::F32)
+    d.inst.run = &Lanewise<&copy_sign<float>>::run;
+  else if (type == Type::F64)
+    d.inst.run = &Lanewise<&copy_sign<double>>::run;
+  else
+    d.refuse("needs .f32 or .f64");
 }
 
 // rcp, sqrt: rounded or approximate
@@ -459,7 +642,8 @@ void decode_root(Decoder& d) {
   same_type_operands(d, type, 1);
   d.inst.counted = approx ? Class::Mufu : type == Type::F64 ? Class::Fp64 : Class::Fp32;
   if (type == Type::F32) {
-    d.inst.run = is_rcp ? single<&reciprocal<float>>(mode, ftz, false) : single<&square_root<float>>(mode, ftz, false);
+    d.inst.run = is_rcp ? single<&reciprocal<float>>(mode, ftz, false)
+                        : single<&square_root<float>>(mode, ftz, false);
   } else if (type == Type::F64 && approx && is_rcp && ftz) {
     d.inst.run = &Lanewise<&reciprocal_upper>::run;
   } else if (type == Type::F64 && !approx && !ftz) {
@@ -488,22 +672,46 @@ void decode_approx(Decoder& d) {
     return;
   }
   if (type != Type::F32) d.refuse("is not supported");
-  if (name == "rsqrt") d.inst.run = single<&rsqrt_approx>(0, ftz, false);
-  else if (name == "sin") d.inst.run = single<&sin_approx>(0, ftz, false);
-  else if (name == "cos") d.inst.run = single<&cos_approx>(0, ftz, false);
-  else if (name == "lg2") d.inst.run = single<&log2_approx>(0, ftz, false);
-  else if (name == "ex2") d.inst.run = single<&exp2_approx>(0, ftz, false);
-  else d.inst.run = single<&tanh_approx>(0, ftz, false);
+  if (name == "rsqrt")
+    d.inst.run = single<&rsqrt_approx>(0, ftz, false);
+  else if (name == "sin")
+    d.inst.run = single<&sin_approx>(0, ftz, false);
+  else if (name == "cos")
+    d.inst.run = single<&cos_approx>(0, ftz, false);
+  else if (name == "lg2")
+    d.inst.run = single<&log2_approx>(0, ftz, false);
+  else if (name == "ex2")
+    d.inst.run = single<&exp2_approx>(0, ftz, false);
+  else
+    d.inst.run = single<&tanh_approx>(0, ftz, false);
 }
 
 // ---- testp
 
-template <class T> bool is_finite(T a) { return std::isfinite(a); }
-template <class T> bool is_infinite(T a) { return std::isinf(a); }
-template <class T> bool is_number(T a) { return a == a; }
-template <class T> bool is_not_number(T a) { return a != a; }
-template <class T> bool is_normal(T a) { return std::isnormal(a) || a == 0; }  // PTX counts zeros as normal
-template <class T> bool is_subnormal(T a) { return std::fpclassify(a) == FP_SUBNORMAL; }
+template <class T>
+bool is_finite(T a) {
+  return std::isfinite(a);
+}
+template <class T>
+bool is_infinite(T a) {
+  return std::isinf(a);
+}
+template <class T>
+bool is_number(T a) {
+  return a == a;
+}
+template <class T>
+bool is_not_number(T a) {
+  return a != a;
+}
+template <class T>
+bool is_normal(T a) {
+  return std::isnormal(a) || a == 0;
+}  // PTX counts zeros as normal
+template <class T>
+bool is_subnormal(T a) {
+  return std::fpclassify(a) == FP_SUBNORMAL;
+}
 
 template <auto F>
 void run_testp(Warp& w, const Inst& inst, Mask lanes) {
@@ -514,32 +722,37 @@ void run_testp(Warp& w, const Inst& inst, Mask lanes) {
 
 template <class T>
 Handler testp(int what) {
-  static constexpr Handler kTests[] = {&run_testp<&is_finite<T>>,     &run_testp<&is_infinite<T>>,
-                                       &run_testp<&is_number<T>>,     &run_testp<&is_not_number<T>>,
-                                       &run_testp<&is_normal<T>>,     &run_testp<&is_subnormal<T>>};
+  static constexpr Handler kTests[] = {&run_testp<&is_finite<T>>, &run_testp<&is_infinite<T>>,
+                                       &run_testp<&is_number<T>>, &run_testp<&is_not_number<T>>,
+                                       &run_testp<&is_normal<T>>, &run_testp<&is_subnormal<T>>};
   return kTests[what];
 }
 
 void decode_testp(Decoder& d) {
-  const int what = d.take_one({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
+  const int what =
+      d.take_one({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
   const Type type = d.take_type();
   d.need_args(2, 2);
   d.inst.o[0] = d.dst(d.arg(0), Type::Pred);
   d.inst.o[1] = d.src(d.arg(1), type);
   d.inst.counted = Class::Fp32;
-  if (type == Type::F32) d.inst.run = testp<float>(what);
-  else if (type == Type::F64) d.inst.run = testp<double>(what);
-  else d.refuse("needs .f32 or .f64");
+  if (type == Type::F32)
+    d.inst.run = testp<float>(what);
+  else if (type == Type::F64)
+    d.inst.run = testp<double>(what);
+  else
+    d.refuse("needs .f32 or .f64");
 }
 
 }  // namespace
 
 const std::vector<Opcode> kFloatOpcodes = {
-    {"add", decode_arithmetic}, {"sub", decode_arithmetic}, {"mul", decode_arithmetic}, {"mad", decode_arithmetic},
-    {"fma", decode_arithmetic}, {"div", decode_arithmetic}, {"min", decode_extreme},    {"max", decode_extreme},
-    {"abs", decode_sign},       {"neg", decode_sign},       {"copysign", decode_copysign},
-    {"rcp", decode_root},       {"sqrt", decode_root},      {"rsqrt", decode_approx},   {"sin", decode_approx},
-    {"cos", decode_approx},     {"lg2", decode_approx},     {"ex2", decode_approx},     {"tanh", decode_approx},
-    {"testp", decode_testp}};
+    {"add", decode_arithmetic}, {"sub", decode_arithmetic},    {"mul", decode_arithmetic},
+    {"mad", decode_arithmetic}, {"fma", decode_arithmetic},    {"div", decode_arithmetic},
+    {"min", decode_extreme},    {"max", decode_extreme},       {"abs", decode_sign},
+    {"neg", decode_sign},       {"copysign", decode_copysign}, {"rcp", decode_root},
+    {"sqrt", decode_root},      {"rsqrt", decode_approx},      {"sin", decode_approx},
+    {"cos", decode_approx},     {"lg2", decode_approx},        {"ex2", decode_approx},
+    {"tanh", decode_approx},    {"testp", decode_testp}};
 
 }  // namespace ptxemu

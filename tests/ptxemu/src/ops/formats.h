@@ -18,7 +18,8 @@ inline To bit_cast(From from) {
   return to;
 }
 
-/// A format of 1 sign bit, kExponent bits and kMantissa bits. kFinite: e4m3, which has no infinity and one NaN.
+/// A format of 1 sign bit, kExponent bits and kMantissa bits. kFinite: e4m3, which has no infinity
+/// and one NaN.
 template <int kExponent, int kMantissa, bool kFinite = false>
 struct Format {
   static constexpr int exponent = kExponent, mantissa = kMantissa;
@@ -41,26 +42,32 @@ inline double decode(uint32_t bits) {
   const uint32_t magnitude = bits & (F::sign_bit - 1);
   const double sign = bits & F::sign_bit ? -1.0 : 1.0;
   if (F::finite_only ? magnitude == F::nan : magnitude > F::infinity) return std::nan("");
-  if (!F::finite_only && magnitude == F::infinity) return sign * std::numeric_limits<double>::infinity();
+  if (!F::finite_only && magnitude == F::infinity)
+    return sign * std::numeric_limits<double>::infinity();
   const int exponent = static_cast<int>(magnitude >> F::mantissa);
   const uint32_t fraction = magnitude & ((1u << F::mantissa) - 1);
-  if (exponent == 0) return sign * std::ldexp(static_cast<double>(fraction), 1 - F::bias - F::mantissa);
-  return sign * std::ldexp(static_cast<double>(fraction | 1u << F::mantissa), exponent - F::bias - F::mantissa);
+  if (exponent == 0)
+    return sign * std::ldexp(static_cast<double>(fraction), 1 - F::bias - F::mantissa);
+  return sign * std::ldexp(static_cast<double>(fraction | 1u << F::mantissa),
+                           exponent - F::bias - F::mantissa);
 }
 
-/// Rounds to the format. saturate: what is too large becomes the largest finite value (with rounding to nearest it
-/// otherwise becomes infinity). NaN becomes the canonical one.
+/// Rounds to the format. saturate: what is too large becomes the largest finite value (with
+/// rounding to nearest it otherwise becomes infinity). NaN becomes the canonical one.
 template <class F>
 inline uint32_t encode(double value, Round mode = Round::Nearest, bool saturate = false) {
   if (std::isnan(value)) return F::nan;
   const uint32_t sign = std::signbit(value) ? F::sign_bit : 0;
   const double magnitude = std::fabs(value);
   const bool away = sign ? mode == Round::Down : mode == Round::Up;
-  if (std::isinf(value)) return sign | (saturate ? F::largest : F::finite_only ? F::nan : F::infinity);
+  if (std::isinf(value))
+    return sign | (saturate ? F::largest : F::finite_only ? F::nan : F::infinity);
   if (magnitude == 0) return sign;
   int exponent = std::ilogb(magnitude);
-  if (exponent < 1 - F::bias) exponent = 1 - F::bias;  // denormal: the grid of the smallest normal ones
-  const double scaled = std::ldexp(magnitude, F::mantissa - exponent);  // exact, in units of the last place
+  if (exponent < 1 - F::bias)
+    exponent = 1 - F::bias;  // denormal: the grid of the smallest normal ones
+  const double scaled =
+      std::ldexp(magnitude, F::mantissa - exponent);  // exact, in units of the last place
   double whole = std::floor(scaled);
   const double rest = scaled - whole;
   const bool odd = std::fmod(whole, 2.0) != 0;
@@ -80,7 +87,9 @@ inline uint32_t encode(double value, Round mode = Round::Nearest, bool saturate 
   return sign | static_cast<uint32_t>(bits);
 }
 
-inline float bf16_to_float(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+inline float bf16_to_float(uint16_t bits) {
+  return bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+}
 inline uint16_t float_to_bf16(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value);
   const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
@@ -103,8 +112,9 @@ inline float flush(float value) {
   return bits & 0x7f800000 ? value : bit_cast<float>(bits & 0x80000000);
 }
 
-/// a + b with the rest of the rounding kept: the result is exact, or odd in its last bit. Rounding it once more to a
-/// format with at least two bits less gives the correctly rounded sum (Boldo and Melquiond, 2008).
+/// a + b with the rest of the rounding kept: the result is exact, or odd in its last bit. Rounding
+/// it once more to a format with at least two bits less gives the correctly rounded sum (Boldo and
+/// Melquiond, 2008).
 inline double add_to_odd(double a, double b) {
   const double sum = a + b;
   if (!std::isfinite(sum)) return sum;

@@ -1,8 +1,10 @@
-// Matrix fragments: which element of a tile a lane's register holds (PTX ISA, "Matrix Fragments for mma").
+// Matrix fragments: which element of a tile a lane's register holds (PTX ISA, "Matrix Fragments for
+// mma").
 //
-// For every element size one register of 32 bits over the 32 lanes is a tile of 8 rows by 32 bits x 4: lane l holds
-// row l / 4, and in it the 32 bits number l % 4. Read as memory, such a register row IS that tile, row after row.
-// Larger fragments are several such tiles. Accumulators hold columns 2 * (l % 4) and the next one, in two registers.
+// For every element size one register of 32 bits over the 32 lanes is a tile of 8 rows by 32 bits x
+// 4: lane l holds row l / 4, and in it the 32 bits number l % 4. Read as memory, such a register
+// row IS that tile, row after row. Larger fragments are several such tiles. Accumulators hold
+// columns 2 * (l % 4) and the next one, in two registers.
 #pragma once
 
 #include <cstring>
@@ -16,10 +18,15 @@ namespace ptxemu {
 enum class Element : uint8_t { F16, BF16, TF32, E4M3, E5M2, S8, U8, F64 };
 inline int bits_of(Element e) {
   switch (e) {
-    case Element::F16: case Element::BF16: return 16;
-    case Element::TF32: return 32;
-    case Element::F64: return 64;
-    default: return 8;
+    case Element::F16:
+    case Element::BF16:
+      return 16;
+    case Element::TF32:
+      return 32;
+    case Element::F64:
+      return 64;
+    default:
+      return 8;
   }
 }
 
@@ -67,7 +74,8 @@ inline void to_floats(Element e, const void* from, int n, float* to) {
       for (int i = 0; i < n; ++i) to[i] = s[i];
       return;
     }
-    case Element::F64: break;
+    case Element::F64:
+      break;
   }
   throw std::logic_error("no element of a float matrix");
 }

@@ -1,4 +1,5 @@
-// From a function of single values to a handler of 32 lanes: the semantics in ops/*.cpp are ordinary functions.
+// From a function of single values to a handler of 32 lanes: the semantics in ops/*.cpp are
+// ordinary functions.
 #pragma once
 
 #include "../decoder.h"
@@ -9,7 +10,8 @@ namespace ptxemu {
 /// Keeps the new values of the lanes of `mask`.
 template <class T>
 inline void merge(T* into, const T* values, Mask mask) {
-  for (int lane = 0; lane < kLanes; ++lane) into[lane] = mask >> lane & 1 ? values[lane] : into[lane];
+  for (int lane = 0; lane < kLanes; ++lane)
+    into[lane] = mask >> lane & 1 ? values[lane] : into[lane];
 }
 
 /// o[0] <- F(o[1], ...) in each active lane.

@@ -8,7 +8,8 @@
 namespace ptxemu {
 namespace {
 
-// ---- ldmatrix, stmatrix: 8 x 8 tiles of 16 bits; lane 8 i + r gives the address of row r of tile i
+// ---- ldmatrix, stmatrix: 8 x 8 tiles of 16 bits; lane 8 i + r gives the address of row r of tile
+// i
 
 struct TileDetail : Detail {
   int tiles = 1;
@@ -17,14 +18,17 @@ struct TileDetail : Detail {
 
 void check_aligned_mask(Warp& w, const Inst& inst, Mask lanes) {
   if (lanes != kAllLanes)
-    w.report(Kind::Invalid, inst, ~lanes, "is executed by " + std::to_string(__builtin_popcount(lanes)) + " lanes, needs all 32");
+    w.report(
+        Kind::Invalid, inst, ~lanes,
+        "is executed by " + std::to_string(__builtin_popcount(lanes)) + " lanes, needs all 32");
 }
 
 void count_tiles(Warp& w, const Inst& inst, const Addresses& a, int tiles) {
   for (int t = 0; t < tiles; ++t) {
     uint8_t in_group[8] = {};  // of 16 bytes: a row takes one of the eight groups of four banks
     int most = 0;
-    for (int row = 0; row < 8; ++row) most = std::max<int>(most, ++in_group[a.at[8 * t + row] / 16 % 8]);
+    for (int row = 0; row < 8; ++row)
+      most = std::max<int>(most, ++in_group[a.at[8 * t + row] / 16 % 8]);
     w.stats[inst.index].actual += static_cast<uint64_t>(most);
   }
   w.stats[inst.index].ideal += static_cast<uint64_t>(tiles);
@@ -82,8 +86,10 @@ void run_stmatrix(Warp& w, const Inst& inst, Mask lanes) {
       const int row = lane / 4, column = lane % 4 * 2;
       for (int i = 0; i < 2; ++i) {
         const auto value = static_cast<uint16_t>(s[lane] >> 16 * i);
-        if (detail.transposed) tile[column + i][row] = value;
-        else tile[row][column + i] = value;
+        if (detail.transposed)
+          tile[column + i][row] = value;
+        else
+          tile[row][column + i] = value;
         if (!(known >> lane & 1)) known_rows &= ~(1u << (detail.transposed ? column + i : row));
       }
     }
@@ -107,7 +113,8 @@ void decode_tiles(Decoder& d, bool is_load) {
   if (d.take_type() != Type::B16) d.refuse("needs .b16");
   d.need_args(2, 2);
   const std::vector<Arg> registers = Decoder::elements(d.arg(is_load ? 0 : 1));
-  if (registers.size() != static_cast<size_t>(detail.tiles)) d.refuse("has " + std::to_string(registers.size()) + " registers");
+  if (registers.size() != static_cast<size_t>(detail.tiles))
+    d.refuse("has " + std::to_string(registers.size()) + " registers");
   d.inst.o[0] = d.address(d.arg(is_load ? 1 : 0));
   for (size_t i = 0; i < registers.size(); ++i)
     d.inst.o[1 + i] = is_load ? d.dst(registers[i], Type::B32) : d.src(registers[i], Type::B32);
@@ -124,12 +131,14 @@ void run_movmatrix(Warp& w, const Inst& inst, Mask lanes) {
   std::memcpy(tile, w.row<uint32_t>(inst.o[1]), sizeof tile);
   uint32_t* d = w.row<uint32_t>(inst.o[0]);
   for (int lane = 0; lane < kLanes; ++lane)
-    d[lane] = tile[lane % 4 * 2][lane / 4] | static_cast<uint32_t>(tile[lane % 4 * 2 + 1][lane / 4]) << 16;
+    d[lane] = tile[lane % 4 * 2][lane / 4] | static_cast<uint32_t>(tile[lane % 4 * 2 + 1][lane / 4])
+                                                 << 16;
   const Mask source = w.defined[inst.o[1].row];
   Mask known = kAllLanes;
   if (source != kAllLanes)
     for (int lane = 0; lane < kLanes; ++lane) {
-      const int first = lane % 4 * 8 + lane / 8;  // has the element of row 2 (lane % 4), lane + 4 that of the next
+      const int first = lane % 4 * 8 +
+                        lane / 8;  // has the element of row 2 (lane % 4), lane + 4 that of the next
       if (!(source >> first & source >> (first + 4) & 1)) known &= ~(1u << lane);
     }
   w.define(inst.o[0], kAllLanes, known, inst);
@@ -149,8 +158,9 @@ void decode_movmatrix(Decoder& d) {
   d.inst.run = &run_movmatrix;
 }
 
-// ---- mma.sync: D = A B + C with A 16 x k, B k x 8. Each element of D is the sum in double, rounded once: the hardware
-// too adds all products of an instruction before it rounds, in a way that is not documented.
+// ---- mma.sync: D = A B + C with A 16 x k, B k x 8. Each element of D is the sum in double,
+// rounded once: the hardware too adds all products of an instruction before it rounds, in a way
+// that is not documented.
 
 struct MmaDetail : Detail {
   Element a = Element::F16, b = Element::F16;
@@ -161,7 +171,8 @@ struct MmaDetail : Detail {
 
 constexpr int kM = 16, kN = 8, kMaxK = 32;
 
-// A register row over the lanes is 8 rows of kBits / 32 ... ; A's registers are (rows 0-7, rows 8-15) for each half of k.
+// A register row over the lanes is 8 rows of kBits / 32 ... ; A's registers are (rows 0-7, rows
+// 8-15) for each half of k.
 void read_a(Warp& w, const Operand* registers, Element e, int k, float (&a)[kM][kMaxK]) {
   const int per_row = 4 * 32 / bits_of(e);  // elements of a row that one register holds
   float tile[8 * 16];
@@ -179,12 +190,15 @@ void read_b(Warp& w, const Operand* registers, Element e, int k, float (&b)[kMax
   for (int half = 0; half * per_row < k; ++half) {
     to_floats(e, w.row<uint32_t>(registers[half]), 8 * per_row, tile);
     for (int i = 0; i < per_row; ++i)
-      for (int column = 0; column < kN; ++column) b[half * per_row + i][column] = tile[column * per_row + i];
+      for (int column = 0; column < kN; ++column)
+        b[half * per_row + i][column] = tile[column * per_row + i];
   }
 }
 
-// Four rows at a time: enough independent sums to keep the CPU's multipliers busy. Products are exact.
-void multiply(const float (&a)[kM][kMaxK], const float (&b)[kMaxK][kN], int depth, double (&sum)[kM][kN]) {
+// Four rows at a time: enough independent sums to keep the CPU's multipliers busy. Products are
+// exact.
+void multiply(const float (&a)[kM][kMaxK], const float (&b)[kMaxK][kN], int depth,
+              double (&sum)[kM][kN]) {
   constexpr int kTogether = 4;
   for (int row = 0; row < kM; row += kTogether) {
     double part[kTogether][kN];
@@ -192,14 +206,16 @@ void multiply(const float (&a)[kM][kMaxK], const float (&b)[kMaxK][kN], int dept
     for (int k = 0; k < depth; ++k)
       for (int i = 0; i < kTogether; ++i)
         for (int column = 0; column < kN; ++column)
-          part[i][column] = std::fma(static_cast<double>(a[row + i][k]), static_cast<double>(b[k][column]), part[i][column]);
+          part[i][column] = std::fma(static_cast<double>(a[row + i][k]),
+                                     static_cast<double>(b[k][column]), part[i][column]);
     std::memcpy(sum[row], part, sizeof part);
   }
 }
 
-// Element (m, n) of D is known if row m of A, column n of B and its element of C are; packed: two columns a register.
-void define_result(Warp& w, const Inst& inst, const Operand* d, int d_count, const Operand* a, int a_count,
-                   const Operand* b, int b_count, const Operand* c, bool packed) {
+// Element (m, n) of D is known if row m of A, column n of B and its element of C are; packed: two
+// columns a register.
+void define_result(Warp& w, const Inst& inst, const Operand* d, int d_count, const Operand* a,
+                   int a_count, const Operand* b, int b_count, const Operand* c, bool packed) {
   uint32_t rows = 0xffff, columns = 0xff;
   for (int i = 0; i < a_count; ++i)
     for (int lane = 0; lane < kLanes; ++lane)
@@ -212,7 +228,8 @@ void define_result(Warp& w, const Inst& inst, const Operand* d, int d_count, con
     const int upper = packed ? i : i / 2;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int column = 2 * (lane % 4) + i % 2;
-      const bool column_known = packed ? (columns >> 2 * (lane % 4) & 3) == 3 : columns >> column & 1;
+      const bool column_known =
+          packed ? (columns >> 2 * (lane % 4) & 3) == 3 : columns >> column & 1;
       if (!(rows >> (lane / 4 + 8 * upper) & 1) || !column_known) known &= ~(1u << lane);
     }
     w.define(d[i], kAllLanes, known, inst);
@@ -253,7 +270,8 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const int row = lane / 4, column = 2 * (lane % 4);
       if (detail.half_result) {
-        w.row<uint32_t>(d[i])[lane] = encode<F16>(sum[row + 8 * i][column]) | encode<F16>(sum[row + 8 * i][column + 1]) << 16;
+        w.row<uint32_t>(d[i])[lane] =
+            encode<F16>(sum[row + 8 * i][column]) | encode<F16>(sum[row + 8 * i][column + 1]) << 16;
       } else {
         w.row<float>(d[i])[lane] = static_cast<float>(sum[row + 8 * (i / 2)][column + i % 2]);
       }
@@ -307,11 +325,13 @@ void run_mma_double(Warp& w, const Inst& inst, Mask lanes) {
       left[row + 8 * upper][column + 4 * step] = w.row<double>(a[i])[lane];
     }
     for (int i = 0; i < b_count; ++i) right[column + 4 * i][row] = w.row<double>(b[i])[lane];
-    for (int i = 0; i < d_count; ++i) sum[row + 8 * (i / 2)][2 * column + i % 2] = w.row<double>(c[i])[lane];
+    for (int i = 0; i < d_count; ++i)
+      sum[row + 8 * (i / 2)][2 * column + i % 2] = w.row<double>(c[i])[lane];
   }
   for (int row = 0; row < rows; ++row)
     for (int column = 0; column < kN; ++column)
-      for (int k = 0; k < detail.k; ++k) sum[row][column] = std::fma(left[row][k], right[k][column], sum[row][column]);
+      for (int k = 0; k < detail.k; ++k)
+        sum[row][column] = std::fma(left[row][k], right[k][column], sum[row][column]);
   const bool known = all_defined(w, a, a_count + b_count + d_count);
   for (int i = 0; i < d_count; ++i)
     for (int lane = 0; lane < kLanes; ++lane)
@@ -327,15 +347,24 @@ void run_mma_double(Warp& w, const Inst& inst, Mask lanes) {
 
 Element element_of(Decoder& d, Type type) {
   switch (type) {
-    case Type::F16: return Element::F16;
-    case Type::BF16: return Element::BF16;
-    case Type::TF32: return Element::TF32;
-    case Type::E4M3: return Element::E4M3;
-    case Type::E5M2: return Element::E5M2;
-    case Type::S8: return Element::S8;
-    case Type::U8: return Element::U8;
-    case Type::F64: return Element::F64;
-    default: d.refuse(std::string("matrices of .") + name_of(type) + " are not supported");
+    case Type::F16:
+      return Element::F16;
+    case Type::BF16:
+      return Element::BF16;
+    case Type::TF32:
+      return Element::TF32;
+    case Type::E4M3:
+      return Element::E4M3;
+    case Type::E5M2:
+      return Element::E5M2;
+    case Type::S8:
+      return Element::S8;
+    case Type::U8:
+      return Element::U8;
+    case Type::F64:
+      return Element::F64;
+    default:
+      d.refuse(std::string("matrices of .") + name_of(type) + " are not supported");
   }
 }
 
@@ -347,7 +376,8 @@ void decode_mma(Decoder& d) {
   detail.k = kDepth[shape];
   const auto& words = d.words();
   const auto row = std::find(words.begin(), words.end(), "row");
-  if (row == words.end() || row + 1 == words.end() || *(row + 1) != "col") d.refuse("needs .row.col");
+  if (row == words.end() || row + 1 == words.end() || *(row + 1) != "col")
+    d.refuse("needs .row.col");
   d.take("row");
   d.take("col");
   detail.saturate = d.take("satfinite");
@@ -361,31 +391,43 @@ void decode_mma(Decoder& d) {
     if (!is_double) d.refuse("m8n8k4 is supported for .f64");
     detail.saturate = true;
   }
-  const bool same_kind = detail.a == detail.b || (bits_of(detail.a) == 8 && bits_of(detail.b) == 8 &&
-                                                  is_int == (detail.b == Element::S8 || detail.b == Element::U8));
+  const bool same_kind =
+      detail.a == detail.b || (bits_of(detail.a) == 8 && bits_of(detail.b) == 8 &&
+                               is_int == (detail.b == Element::S8 || detail.b == Element::U8));
   if (!same_kind) d.refuse("A and B of these types");
   if (detail.saturate && shape != 4 && !is_int) d.refuse(".satfinite is for integers");
-  if (result == Type::F16 && detail.a != Element::F16 && bits_of(detail.a) != 8) d.refuse("a result of .f16 is not supported");
+  if (result == Type::F16 && detail.a != Element::F16 && bits_of(detail.a) != 8)
+    d.refuse("a result of .f16 is not supported");
   const int rows = shape == 4 ? 8 : 16;
   const int a_bits = bits_of(detail.a), word = is_double ? 64 : 32;
   // A 16 x k tile of which a register holds at least 8 x 4 elements of 32 bits.
-  const int a_count = rows * detail.k * a_bits / (word * kLanes), b_count = kN * detail.k * a_bits / (word * kLanes);
-  if (a_count < 1 || b_count < 1 || bits_of(detail.b) != a_bits) d.refuse("this shape is not of these types");
-  if (!is_double && detail.k * a_bits != 128 && detail.k * a_bits != 256) d.refuse("this shape is not of these types");
-  if (is_int ? result != Type::S32 : is_double ? result != Type::F64 : result != Type::F32 && result != Type::F16)
+  const int a_count = rows * detail.k * a_bits / (word * kLanes),
+            b_count = kN * detail.k * a_bits / (word * kLanes);
+  if (a_count < 1 || b_count < 1 || bits_of(detail.b) != a_bits)
+    d.refuse("this shape is not of these types");
+  if (!is_double && detail.k * a_bits != 128 && detail.k * a_bits != 256)
+    d.refuse("this shape is not of these types");
+  if (is_int      ? result != Type::S32
+      : is_double ? result != Type::F64
+                  : result != Type::F32 && result != Type::F16)
     d.refuse(std::string("a result of .") + name_of(result) + " is not supported");
   detail.half_result = result == Type::F16;
   const int d_count = is_double ? rows / 4 : detail.half_result ? 2 : 4;
   d.need_args(4, 4);
-  const Type d_register = is_double ? Type::F64 : detail.half_result ? Type::B32 : is_int ? Type::B32 : Type::F32;
+  const Type d_register = is_double            ? Type::F64
+                          : detail.half_result ? Type::B32
+                          : is_int             ? Type::B32
+                                               : Type::F32;
   const Type operand = is_double ? Type::F64 : Type::B32;
   const int counts[] = {d_count, a_count, b_count, d_count};
   for (size_t i = 0; i < 4; ++i) {
     const std::vector<Arg> parts = Decoder::elements(d.arg(i));
     if (parts.size() != static_cast<size_t>(counts[i]))
-      d.refuse("operand " + std::to_string(i) + " has " + std::to_string(parts.size()) + " registers, needs " + std::to_string(counts[i]));
+      d.refuse("operand " + std::to_string(i) + " has " + std::to_string(parts.size()) +
+               " registers, needs " + std::to_string(counts[i]));
     for (const Arg& part : parts)
-      d.inst.more.push_back(i == 0 ? d.dst(part, d_register) : d.src(part, i == 3 ? d_register : operand));
+      d.inst.more.push_back(i == 0 ? d.dst(part, d_register)
+                                   : d.src(part, i == 3 ? d_register : operand));
   }
   d.inst.flow = Flow::Sync;
   d.inst.counted = Class::Mma;

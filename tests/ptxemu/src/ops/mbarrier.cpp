@@ -1,7 +1,7 @@
 // mbarrier: barriers in shared memory that count arrivals and bytes (PTX ISA, "mbarrier").
 //
-// A phase ends when every expected arrival and every announced byte has come. Arrivals bring the clocks of their warps;
-// who sees a phase ended is ordered after all of them.
+// A phase ends when every expected arrival and every announced byte has come. Arrivals bring the
+// clocks of their warps; who sees a phase ended is ordered after all of them.
 #include <algorithm>
 
 #include "async.h"
@@ -12,7 +12,17 @@ namespace {
 
 constexpr uint64_t kMaxCount = (1u << 20) - 1;  // of arrivals, and of bytes
 
-enum class Act : uint8_t { Init, Inval, Arrive, ArriveDrop, ExpectTx, CompleteTx, TestWait, TryWait, AsyncArrive };
+enum class Act : uint8_t {
+  Init,
+  Inval,
+  Arrive,
+  ArriveDrop,
+  ExpectTx,
+  CompleteTx,
+  TestWait,
+  TryWait,
+  AsyncArrive
+};
 
 struct MbarrierDetail : Detail {
   Act act = Act::Init;
@@ -30,10 +40,12 @@ void maybe_complete(Block& block, MemoryBarrier& b) {
   block.launch->polls_in_vain = 0;
 }
 
-void arrive(Warp& w, const Inst& inst, int lane, Block& block, MemoryBarrier& b, uint64_t count, const Clocks& released) {
+void arrive(Warp& w, const Inst& inst, int lane, Block& block, MemoryBarrier& b, uint64_t count,
+            const Clocks& released) {
   if (count < 1 || count > b.arrivals) {
     w.report(Kind::Invalid, inst, 1u << lane,
-             std::to_string(count) + " arrivals at an mbarrier that expects " + std::to_string(b.arrivals) + " more in this phase");
+             std::to_string(count) + " arrivals at an mbarrier that expects " +
+                 std::to_string(b.arrivals) + " more in this phase");
     count = std::min<uint64_t>(count, b.arrivals);
   }
   b.arrivals -= static_cast<uint32_t>(count);
@@ -44,37 +56,46 @@ void arrive(Warp& w, const Inst& inst, int lane, Block& block, MemoryBarrier& b,
 void expect(Warp& w, const Inst& inst, int lane, MemoryBarrier& b, int64_t bytes) {
   b.bytes += bytes;
   if (std::abs(b.bytes) > static_cast<int64_t>(kMaxCount))
-    w.report(Kind::Invalid, inst, 1u << lane, "an mbarrier that waits for " + std::to_string(b.bytes) + " bytes, can count 2^20 - 1");
+    w.report(
+        Kind::Invalid, inst, 1u << lane,
+        "an mbarrier that waits for " + std::to_string(b.bytes) + " bytes, can count 2^20 - 1");
 }
 
-// The arrival of a thread's copies so far, which comes when they are done: as late as somebody waits for it, unless
-// the thread itself waits for them before. Without .noinc the phase expects one arrival more, so that nothing
-// changes but the order.
-void arrive_with_copies(Warp& w, const Inst& inst, int lane, Block& block, uint64_t barrier, MemoryBarrier& b) {
+// The arrival of a thread's copies so far, which comes when they are done: as late as somebody
+// waits for it, unless the thread itself waits for them before. Without .noinc the phase expects
+// one arrival more, so that nothing changes but the order.
+void arrive_with_copies(Warp& w, const Inst& inst, int lane, Block& block, uint64_t barrier,
+                        MemoryBarrier& b) {
   if (!static_cast<const MbarrierDetail&>(*inst.detail).no_increment) ++b.arrivals;
   std::vector<AsyncCopy> mine;
   for (const AsyncCopy& copy : w.copies)
     if (copy.lane == lane) mine.push_back(copy);
   const Clocks released = w.seen;
-  block.cluster->bulk.push_back({[&w, &inst, lane, &block, barrier, mine, released] {
-    const auto is_due = [&](const AsyncCopy& copy) {
-      return std::any_of(mine.begin(), mine.end(), [&](const AsyncCopy& m) {
-        return m.lane == copy.lane && m.group == copy.group && m.to == copy.to && m.inst == copy.inst;
-      });
-    };
-    for (const AsyncCopy& copy : w.copies)
-      if (is_due(copy)) finish_copy(w, copy, released[w.clock_index] - 1);
-    w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), is_due), w.copies.end());
-    const auto found = block.memory_barriers.find(barrier);
-    if (found != block.memory_barriers.end()) arrive(w, inst, lane, block, found->second, 1, released);
-  }, &inst});
+  block.cluster->bulk.push_back(
+      {[&w, &inst, lane, &block, barrier, mine, released] {
+         const auto is_due = [&](const AsyncCopy& copy) {
+           return std::any_of(mine.begin(), mine.end(), [&](const AsyncCopy& m) {
+             return m.lane == copy.lane && m.group == copy.group && m.to == copy.to &&
+                    m.inst == copy.inst;
+           });
+         };
+         for (const AsyncCopy& copy : w.copies)
+           if (is_due(copy)) finish_copy(w, copy, released[w.clock_index] - 1);
+         w.copies.erase(std::remove_if(w.copies.begin(), w.copies.end(), is_due), w.copies.end());
+         const auto found = block.memory_barriers.find(barrier);
+         if (found != block.memory_barriers.end())
+           arrive(w, inst, lane, block, found->second, 1, released);
+       },
+       &inst});
 }
 
 void init(Warp& w, const Inst& inst, int lane, const Location& at, uint64_t count) {
   if (count < 1 || count > kMaxCount)
-    w.report(Kind::Invalid, inst, 1u << lane, "an mbarrier for " + std::to_string(count) + " arrivals");
+    w.report(Kind::Invalid, inst, 1u << lane,
+             "an mbarrier for " + std::to_string(count) + " arrivals");
   if (at.block->memory_barriers.count(at.offset))
-    w.report(Kind::Invalid, inst, 1u << lane, "initialises an mbarrier that is already there; mbarrier.inval ends it");
+    w.report(Kind::Invalid, inst, 1u << lane,
+             "initialises an mbarrier that is already there; mbarrier.inval ends it");
   const uint64_t opaque = 0x6d62000000000000u | count;
   write_memory(w, inst, lane, at, 8, &opaque, true);
   MemoryBarrier b;
@@ -84,16 +105,19 @@ void init(Warp& w, const Inst& inst, int lane, const Location& at, uint64_t coun
   at.block->memory_barriers[at.offset] = b;
 }
 
-// Whether the phase is over that a state (given by an arrival in it) or a parity names: the current one or the last.
+// Whether the phase is over that a state (given by an arrival in it) or a parity names: the current
+// one or the last.
 bool is_over(Warp& w, const Inst& inst, int lane, const MemoryBarrier& b) {
   if (static_cast<const MbarrierDetail&>(*inst.detail).parity) {
     const uint32_t parity = w.row<uint32_t>(inst.o[1])[lane];
-    if (parity > 1) w.report(Kind::Invalid, inst, 1u << lane, "a parity of " + std::to_string(parity));
+    if (parity > 1)
+      w.report(Kind::Invalid, inst, 1u << lane, "a parity of " + std::to_string(parity));
     return (b.phase & 1) != (parity & 1);
   }
   const uint64_t phase = w.row<uint64_t>(inst.o[1])[lane];
   if (phase > b.phase || phase + 1 < b.phase)
-    w.report(Kind::Invalid, inst, 1u << lane, "the state is of neither the current nor the last phase of this mbarrier");
+    w.report(Kind::Invalid, inst, 1u << lane,
+             "the state is of neither the current nor the last phase of this mbarrier");
   return b.phase > phase;
 }
 
@@ -104,7 +128,8 @@ void run_lane(Warp& w, const Inst& inst, int lane, const Location& at, Mask& suc
   MemoryBarrier* b = find_barrier(w, inst, lane, at);
   if (b == nullptr) return;
   if (detail.has_state) w.row<uint64_t>(inst.o[2])[lane] = b->phase;
-  const uint64_t operand = detail.has_count ? w.row<uint32_t>(inst.o[1])[lane] : 1, count = detail.expects ? 1 : operand;
+  const uint64_t operand = detail.has_count ? w.row<uint32_t>(inst.o[1])[lane] : 1,
+                 count = detail.expects ? 1 : operand;
   switch (detail.act) {
     case Act::Inval:
       at.block->memory_barriers.erase(at.offset);
@@ -112,7 +137,8 @@ void run_lane(Warp& w, const Inst& inst, int lane, const Location& at, Mask& suc
     case Act::Arrive:
     case Act::ArriveDrop:
       if (detail.expects) expect(w, inst, lane, *b, static_cast<int64_t>(operand));
-      if (detail.act == Act::ArriveDrop) b->expected -= static_cast<uint32_t>(std::min<uint64_t>(count, b->expected));
+      if (detail.act == Act::ArriveDrop)
+        b->expected -= static_cast<uint32_t>(std::min<uint64_t>(count, b->expected));
       return arrive(w, inst, lane, *at.block, *b, count, w.seen);
     case Act::AsyncArrive:
       return arrive_with_copies(w, inst, lane, *at.block, at.offset, *b);
@@ -135,16 +161,21 @@ void run_mbarrier(Warp& w, const Inst& inst, Mask lanes) {
   const auto& detail = static_cast<const MbarrierDetail&>(*inst.detail);
   const Addresses a = addresses(w, inst, inst.o[0], lanes);
   const bool waits = is_wait(detail.act);
-  if (detail.has_count || waits) w.require_defined(inst.o[1], lanes, inst, "an operand of an mbarrier");
+  if (detail.has_count || waits)
+    w.require_defined(inst.o[1], lanes, inst, "an operand of an mbarrier");
   if (!waits) w.tick();  // what came before is released
   Mask succeeded = 0;
   each_lane(lanes, [&](int lane) {
     const Location at = locate(w, inst, lane, inst.space, a.at[lane], 8, 8, true);
     if (at.host == nullptr) return;
-    const bool may_be_elsewhere = !waits && detail.act != Act::Init && detail.act != Act::Inval && detail.act != Act::AsyncArrive;
-    if (at.space != Space::Shared || (at.block != w.block && (!may_be_elsewhere || detail.has_state)))
-      return w.report(Kind::Invalid, inst, 1u << lane, "the mbarrier is not in the block's own shared memory");
-    if (has_exited(*at.block)) return w.report(Kind::Invalid, inst, 1u << lane, "the mbarrier's block has exited");
+    const bool may_be_elsewhere = !waits && detail.act != Act::Init && detail.act != Act::Inval &&
+                                  detail.act != Act::AsyncArrive;
+    if (at.space != Space::Shared ||
+        (at.block != w.block && (!may_be_elsewhere || detail.has_state)))
+      return w.report(Kind::Invalid, inst, 1u << lane,
+                      "the mbarrier is not in the block's own shared memory");
+    if (has_exited(*at.block))
+      return w.report(Kind::Invalid, inst, 1u << lane, "the mbarrier's block has exited");
     run_lane(w, inst, lane, at, succeeded);
   });
   if (detail.has_state) w.define(inst.o[2], lanes, kAllLanes, inst);
@@ -166,15 +197,19 @@ Act take_act(Decoder& d) {
   static constexpr Act kActs[] = {Act::Init,     Act::Inval,      Act::Arrive,   Act::ArriveDrop,
                                   Act::ExpectTx, Act::CompleteTx, Act::TestWait, Act::TryWait};
   // .expect_tx is also a modifier of the arrivals.
-  return kActs[d.take_one({"init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx", "test_wait", "try_wait"})];
+  return kActs[d.take_one({"init", "inval", "arrive", "arrive_drop", "expect_tx", "complete_tx",
+                           "test_wait", "try_wait"})];
 }
 
 // Init, waits and what gives a state work on the block's own barriers only.
 void take_space(Decoder& d, const MbarrierDetail& detail) {
-  static constexpr Space kSpaces[] = {Space::Shared, Space::Shared, Space::SharedCluster, Space::Generic};
+  static constexpr Space kSpaces[] = {Space::Shared, Space::Shared, Space::SharedCluster,
+                                      Space::Generic};
   d.inst.space = kSpaces[d.take_one({"shared", "shared::cta", "shared::cluster"}, 3)];
-  const bool own = is_wait(detail.act) || detail.act == Act::Init || detail.act == Act::Inval || detail.has_state;
-  if (own && d.inst.space == Space::SharedCluster) d.refuse("works on the block's own mbarriers only");
+  const bool own = is_wait(detail.act) || detail.act == Act::Init || detail.act == Act::Inval ||
+                   detail.has_state;
+  if (own && d.inst.space == Space::SharedCluster)
+    d.refuse("works on the block's own mbarriers only");
 }
 
 // Operand 1, behind the address.
@@ -182,7 +217,9 @@ void decode_operand(Decoder& d, MbarrierDetail& detail, size_t at) {
   const bool waits = is_wait(detail.act);
   const bool is_arrival = detail.act == Act::Arrive || detail.act == Act::ArriveDrop;
   const size_t least = detail.act == Act::Inval || (is_arrival && !detail.expects) ? 1 : 2;
-  const size_t most = detail.act == Act::TryWait ? 3 : detail.act == Act::Inval ? 1 : 2;  // the third: for how long
+  const size_t most = detail.act == Act::TryWait ? 3
+                      : detail.act == Act::Inval ? 1
+                                                 : 2;  // the third: for how long
   d.need_args(at + least, at + most);
   if (d.args() == at + 3) d.src(d.arg(at + 2), Type::U32);
   if (d.args() == at + 1) return;
@@ -193,7 +230,8 @@ void decode_operand(Decoder& d, MbarrierDetail& detail, size_t at) {
 void decode_mbarrier(Decoder& d) {
   auto& detail = d.detail<MbarrierDetail>();
   detail.act = take_act(d);
-  const bool is_arrival = detail.act == Act::Arrive || detail.act == Act::ArriveDrop, waits = is_wait(detail.act);
+  const bool is_arrival = detail.act == Act::Arrive || detail.act == Act::ArriveDrop,
+             waits = is_wait(detail.act);
   detail.expects = is_arrival && d.take("expect_tx");
   detail.parity = waits && d.take("parity");
   d.ignore({"release", "acquire", "relaxed", "cta", "cluster"});
@@ -233,11 +271,13 @@ void decode_async_arrive(Decoder& d) {
 MemoryBarrier* find_barrier(Warp& w, const Inst& inst, int lane, const Location& location) {
   const auto found = location.block->memory_barriers.find(location.offset);
   if (found == location.block->memory_barriers.end()) {
-    w.report(Kind::Invalid, inst, 1u << lane, "no mbarrier was initialised at shared byte " + std::to_string(location.offset));
+    w.report(Kind::Invalid, inst, 1u << lane,
+             "no mbarrier was initialised at shared byte " + std::to_string(location.offset));
     return nullptr;
   }
   uint64_t opaque;
-  read_memory(w, inst, lane, location, 8, &opaque, true);  // is its initialisation ordered before this?
+  read_memory(w, inst, lane, location, 8, &opaque,
+              true);  // is its initialisation ordered before this?
   return &found->second;
 }
 

@@ -63,26 +63,37 @@ void run_store(Warp& w, const Inst& inst, Mask lanes) {
     if (to.space == Space::Global) global |= 1u << lane;
     uint8_t data[64];
     for (int i = 0; i < inst.count; ++i)
-      std::memcpy(data + i * inst.size, w.row<uint8_t>(inst.o[1 + i]) + lane * detail.register_bytes, inst.size);
+      std::memcpy(data + i * inst.size,
+                  w.row<uint8_t>(inst.o[1 + i]) + lane * detail.register_bytes, inst.size);
     if (detail.strong) strong_release(w, to, detail.releases);
     write_memory(w, inst, lane, to, bytes, data, known >> lane & 1, detail.strong);
   });
   if (global & ~known)
-    for (int i = 0; i < inst.count; ++i) w.require_defined(inst.o[1 + i], global, inst, "what it stores");
+    for (int i = 0; i < inst.count; ++i)
+      w.require_defined(inst.o[1 + i], global, inst, "what it stores");
 }
 
 // ---- decoding
 
 Space take_space(Decoder& d) {
-  switch (d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry",
-                      "param::func"}, 9)) {
-    case 0: return Space::Global;
-    case 1: case 2: return Space::Shared;
-    case 3: return Space::SharedCluster;
-    case 4: return Space::Local;
-    case 5: return Space::Const;
-    case 9: return Space::Generic;
-    default: return Space::Param;
+  switch (d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const",
+                      "param", "param::entry", "param::func"},
+                     9)) {
+    case 0:
+      return Space::Global;
+    case 1:
+    case 2:
+      return Space::Shared;
+    case 3:
+      return Space::SharedCluster;
+    case 4:
+      return Space::Local;
+    case 5:
+      return Space::Const;
+    case 9:
+      return Space::Generic;
+    default:
+      return Space::Param;
   }
 }
 
@@ -94,10 +105,12 @@ void take_order(Decoder& d, MemoryDetail& detail, bool is_load) {
   detail.strong = order != 5;
   if (d.take("mmio") && order != 2) d.refuse(".mmio is only of .relaxed");
   if (order == 0 || order == 2) d.take_one({"cta", "cluster", "gpu", "sys"});
-  d.ignore({"weak", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last", "L1::no_allocate",
-            "L2::evict_last", "L2::evict_first", "L2::evict_normal"});
-  if (is_load) d.ignore({"ca", "cg", "cs", "lu", "nc", "L2::64B", "L2::128B", "L2::256B", "unified"});
-  else d.ignore({"wb", "cg", "cs", "wt"});
+  d.ignore({"weak", "L1::evict_normal", "L1::evict_unchanged", "L1::evict_first", "L1::evict_last",
+            "L1::no_allocate", "L2::evict_last", "L2::evict_first", "L2::evict_normal"});
+  if (is_load)
+    d.ignore({"ca", "cg", "cs", "lu", "nc", "L2::64B", "L2::128B", "L2::256B", "unified"});
+  else
+    d.ignore({"wb", "cg", "cs", "wt"});
 }
 
 void decode_access(Decoder& d, bool is_load) {
@@ -112,9 +125,12 @@ void decode_access(Decoder& d, bool is_load) {
   d.need_args(2 + hint, 2 + hint);
   if (hint) d.src(d.arg(2), Type::B64);
   const bool wide = bits_of(type) * d.inst.count > 128;
-  if (wide && (d.inst.space != Space::Global || d.module.ast.target < 100 || bits_of(type) * d.inst.count > 256))
+  if (wide && (d.inst.space != Space::Global || d.module.ast.target < 100 ||
+               bits_of(type) * d.inst.count > 256))
     d.refuse("more than 128 bits");
-  if (bits_of(type) < 8 || bits_of(type) > 64 || (is_float(type) && type != Type::F32 && type != Type::F64)) d.refuse(std::string("type .") + name_of(type) + " is not supported");
+  if (bits_of(type) < 8 || bits_of(type) > 64 ||
+      (is_float(type) && type != Type::F32 && type != Type::F64))
+    d.refuse(std::string("type .") + name_of(type) + " is not supported");
   d.inst.size = static_cast<uint8_t>(bytes_of(type));
   detail.is_signed = is_signed(type);
   const std::vector<Arg> values = Decoder::elements(d.arg(is_load ? 0 : 1));
@@ -123,30 +139,48 @@ void decode_access(Decoder& d, bool is_load) {
   for (size_t i = 0; i < values.size(); ++i) {
     if (is_load && values[i].kind == Arg::Kind::Sink) continue;
     int bytes = 0;
-    d.inst.o[1 + i] = is_load ? d.wide_dst(values[i], type, bytes) : d.wide_src(values[i], type, bytes);
-    if (detail.register_bytes && bytes != detail.register_bytes) d.refuse("elements in registers of different widths");
+    d.inst.o[1 + i] =
+        is_load ? d.wide_dst(values[i], type, bytes) : d.wide_src(values[i], type, bytes);
+    if (detail.register_bytes && bytes != detail.register_bytes)
+      d.refuse("elements in registers of different widths");
     detail.register_bytes = bytes;
   }
   if (detail.register_bytes == 0) detail.register_bytes = std::max(bytes_of(type), 2);
   for (size_t i = 0; i < values.size(); ++i)  // as wide as the others
-    if (is_load && values[i].kind == Arg::Kind::Sink) d.inst.o[1 + i] = d.scratch(detail.register_bytes);
+    if (is_load && values[i].kind == Arg::Kind::Sink)
+      d.inst.o[1 + i] = d.scratch(detail.register_bytes);
   d.inst.run = is_load ? &run_load : &run_store;
   switch (d.inst.space) {
-    case Space::Global: d.inst.counted = is_load ? Class::LoadGlobal : Class::StoreGlobal; break;
-    case Space::Shared: case Space::SharedCluster: d.inst.counted = is_load ? Class::LoadShared : Class::StoreShared; break;
-    case Space::Local: d.inst.counted = is_load ? Class::LoadLocal : Class::StoreLocal; break;
-    case Space::Const: case Space::Param: d.inst.counted = Class::LoadParam; break;
-    case Space::Generic: d.inst.counted = is_load ? Class::LoadGlobal : Class::StoreGlobal; break;
+    case Space::Global:
+      d.inst.counted = is_load ? Class::LoadGlobal : Class::StoreGlobal;
+      break;
+    case Space::Shared:
+    case Space::SharedCluster:
+      d.inst.counted = is_load ? Class::LoadShared : Class::StoreShared;
+      break;
+    case Space::Local:
+      d.inst.counted = is_load ? Class::LoadLocal : Class::StoreLocal;
+      break;
+    case Space::Const:
+    case Space::Param:
+      d.inst.counted = Class::LoadParam;
+      break;
+    case Space::Generic:
+      d.inst.counted = is_load ? Class::LoadGlobal : Class::StoreGlobal;
+      break;
   }
-  if (d.inst.space == Space::Shared || d.inst.space == Space::SharedCluster || d.inst.space == Space::Generic)
+  if (d.inst.space == Space::Shared || d.inst.space == Space::SharedCluster ||
+      d.inst.space == Space::Generic)
     d.touches_shared(d.inst.size);
-  if (!is_load && (d.inst.space == Space::Global || d.inst.space == Space::Generic)) d.writes_global(d.inst.size * d.inst.count);
+  if (!is_load && (d.inst.space == Space::Global || d.inst.space == Space::Generic))
+    d.writes_global(d.inst.size * d.inst.count);
 }
 
 void do_nothing(Warp&, const Inst&, Mask) {}
 
 void decode_prefetch(Decoder& d) {
-  d.ignore({"global", "L1", "L2", "tensormap", "param", "const", "L2::evict_last", "L2::evict_normal"});
+  d.ignore(
+      {"global", "L1", "L2", "tensormap", "param", "const", "L2::evict_last", "L2::evict_normal"});
   d.need_args(1, 1);
   d.inst.o[0] = d.address(d.arg(0));
   d.inst.run = &do_nothing;

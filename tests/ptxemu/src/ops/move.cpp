@@ -7,7 +7,10 @@
 namespace ptxemu {
 namespace {
 
-template <class T> T same(T a) { return a; }
+template <class T>
+T same(T a) {
+  return a;
+}
 
 template <bool kNegated>
 void run_mov_pred(Warp& w, const Inst& inst, Mask lanes) {
@@ -50,9 +53,11 @@ void run_unpack(Warp& w, const Inst& inst, Mask lanes) {
   for (size_t i = 0; i < kParts; ++i) {
     Part* d = w.row<Part>(inst.o[1 + i]);
     alignas(64) Part part[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) part[lane] = static_cast<Part>(value[lane] >> kBits * i) & kMask;
+    for (int lane = 0; lane < kLanes; ++lane)
+      part[lane] = static_cast<Part>(value[lane] >> kBits * i) & kMask;
     merge(d, part, lanes);
-    const Mask known = i < kParts / 2 ? w.low_defined(inst.o[0].row) : w.high_defined(inst.o[0].row);
+    const Mask known =
+        i < kParts / 2 ? w.low_defined(inst.o[0].row) : w.high_defined(inst.o[0].row);
     if ((known & lanes) == lanes) {
       w.define(inst.o[1 + i], lanes, kAllLanes, inst);
     } else {
@@ -75,7 +80,8 @@ bool decode_clock(Decoder& d, Type type) {
   const Arg& a = d.arg(1);
   if (a.kind != Arg::Kind::Special) return false;
   const bool is_high = a.name == "%clock_hi" || a.name == "%globaltimer_hi";
-  if (a.name != "%clock" && a.name != "%clock64" && a.name != "%globaltimer" && a.name != "%globaltimer_lo" && !is_high)
+  if (a.name != "%clock" && a.name != "%clock64" && a.name != "%globaltimer" &&
+      a.name != "%globaltimer_lo" && !is_high)
     return false;
   d.inst.o[0] = d.dst(d.arg(0), type);
   d.inst.imm = is_high ? 32 : 0;
@@ -86,18 +92,28 @@ bool decode_clock(Decoder& d, Type type) {
 void decode_vector(Decoder& d, Type type, const Arg& whole, const Arg& parts, bool is_pack) {
   const size_t count = parts.children.size();
   const int part_bits = bits_of(type) / static_cast<int>(std::max<size_t>(count, 1));
-  const Type part = part_bits == 16 ? Type::B16 : part_bits == 32 ? Type::B32 : part_bits == 8 ? Type::B8 : Type::None;
-  if (count * static_cast<size_t>(part_bits) != static_cast<size_t>(bits_of(type)) || part == Type::None)
+  const Type part = part_bits == 16   ? Type::B16
+                    : part_bits == 32 ? Type::B32
+                    : part_bits == 8  ? Type::B8
+                                      : Type::None;
+  if (count * static_cast<size_t>(part_bits) != static_cast<size_t>(bits_of(type)) ||
+      part == Type::None)
     d.refuse("the parts do not make up the whole");
   d.inst.o[0] = is_pack ? d.dst(whole, type) : d.src(whole, type);
   for (size_t i = 0; i < count; ++i)
     d.inst.o[1 + i] = is_pack ? d.src(parts.children[i], part) : d.dst(parts.children[i], part);
-  if (bits_of(type) == 32 && count == 2) d.inst.run = is_pack ? &run_pack<uint32_t, uint16_t> : &run_unpack<uint32_t, uint16_t>;
-  else if (bits_of(type) == 64 && count == 2) d.inst.run = is_pack ? &run_pack<uint64_t, uint32_t> : &run_unpack<uint64_t, uint32_t>;
-  else if (bits_of(type) == 64 && count == 4) d.inst.run = is_pack ? &run_pack<uint64_t, uint16_t> : &run_unpack<uint64_t, uint16_t>;
-  else if (bits_of(type) == 32 && count == 4) d.inst.run = is_pack ? &run_pack<uint32_t, uint16_t, 4> : &run_unpack<uint32_t, uint16_t, 4>;
-  else if (bits_of(type) == 16 && count == 2) d.inst.run = is_pack ? &run_pack<uint16_t, uint16_t, 2> : &run_unpack<uint16_t, uint16_t, 2>;
-  else d.refuse("parts of this size are not supported");
+  if (bits_of(type) == 32 && count == 2)
+    d.inst.run = is_pack ? &run_pack<uint32_t, uint16_t> : &run_unpack<uint32_t, uint16_t>;
+  else if (bits_of(type) == 64 && count == 2)
+    d.inst.run = is_pack ? &run_pack<uint64_t, uint32_t> : &run_unpack<uint64_t, uint32_t>;
+  else if (bits_of(type) == 64 && count == 4)
+    d.inst.run = is_pack ? &run_pack<uint64_t, uint16_t> : &run_unpack<uint64_t, uint16_t>;
+  else if (bits_of(type) == 32 && count == 4)
+    d.inst.run = is_pack ? &run_pack<uint32_t, uint16_t, 4> : &run_unpack<uint32_t, uint16_t, 4>;
+  else if (bits_of(type) == 16 && count == 2)
+    d.inst.run = is_pack ? &run_pack<uint16_t, uint16_t, 2> : &run_unpack<uint16_t, uint16_t, 2>;
+  else
+    d.refuse("parts of this size are not supported");
 }
 
 void decode_mov(Decoder& d) {
@@ -123,27 +139,45 @@ void decode_mov(Decoder& d) {
 
 // ---- cvta: between addresses in a space and generic ones, which lie in the space's window
 
-template <class T> T plus(T a, T b) { return a + b; }
-template <class T> T minus(T a, T b) { return a - b; }
+template <class T>
+T plus(T a, T b) {
+  return a + b;
+}
+template <class T>
+T minus(T a, T b) {
+  return a - b;
+}
 
 void decode_cvta(Decoder& d) {
   const bool to_space = d.take("to");
-  const int space = d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry"});
+  const int space = d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local",
+                                "const", "param", "param::entry"});
   const Type type = d.take_type();
   d.need_args(2, 2);
   d.inst.counted = Class::Int;
   if (bits_of(type) != 64) d.refuse("needs 64-bit addresses");
-  static constexpr uint64_t kWindows[] = {0,            kSharedWindow, kSharedWindow, kSharedWindow,
-                                          kLocalWindow, kConstWindow,  kParamWindow,  kParamWindow};
+  static constexpr uint64_t kWindows[] = {0,
+                                          kSharedWindow,
+                                          kSharedWindow,
+                                          kSharedWindow,
+                                          kLocalWindow,
+                                          kConstWindow,
+                                          kParamWindow,
+                                          kParamWindow};
   d.inst.o[0] = d.dst(d.arg(0), type);
   d.inst.o[1] = d.src(d.arg(1), type);
   d.inst.o[2] = d.constant(kWindows[space], 8);
   d.inst.run = to_space ? &Lanewise<&minus<uint64_t>>::run : &Lanewise<&plus<uint64_t>>::run;
 }
 
-template <uint64_t kIndex> bool in_window(uint64_t a) { return a / kWindow == kIndex; }
+template <uint64_t kIndex>
+bool in_window(uint64_t a) {
+  return a / kWindow == kIndex;
+}
 // The window of parameters lies in that of global memory.
-bool in_global(uint64_t a) { return a >> kAllocationShift != 0 || a / kWindow == kParamWindow / kWindow; }
+bool in_global(uint64_t a) {
+  return a >> kAllocationShift != 0 || a / kWindow == kParamWindow / kWindow;
+}
 
 template <auto F>
 void run_isspacep(Warp& w, const Inst& inst, Mask lanes) {
@@ -153,7 +187,8 @@ void run_isspacep(Warp& w, const Inst& inst, Mask lanes) {
 }
 
 void decode_isspacep(Decoder& d) {
-  const int space = d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local", "const", "param", "param::entry"});
+  const int space = d.take_one({"global", "shared", "shared::cta", "shared::cluster", "local",
+                                "const", "param", "param::entry"});
   d.need_args(2, 2);
   d.inst.o[0] = d.dst(d.arg(0), Type::Pred);
   d.inst.o[1] = d.src(d.arg(1), Type::B64);
@@ -170,6 +205,7 @@ void decode_isspacep(Decoder& d) {
 
 }  // namespace
 
-const std::vector<Opcode> kMoveOpcodes = {{"mov", decode_mov}, {"cvta", decode_cvta}, {"isspacep", decode_isspacep}};
+const std::vector<Opcode> kMoveOpcodes = {
+    {"mov", decode_mov}, {"cvta", decode_cvta}, {"isspacep", decode_isspacep}};
 
 }  // namespace ptxemu

@@ -10,30 +10,33 @@
     return &Lanewise<&f<T>>::run;
 
 /// Integers of 16, 32 and 64 bits, signed and not.
-#define PTXEMU_BY_INTEGER(d, type, f)                                        \
-  [&]() -> Handler {                                                         \
-    switch (type) {                                                          \
-      PTXEMU_CASE(U16, f, uint16_t)                                          \
-      PTXEMU_CASE(U32, f, uint32_t)                                          \
-      PTXEMU_CASE(U64, f, uint64_t)                                          \
-      PTXEMU_CASE(S16, f, int16_t)                                           \
-      PTXEMU_CASE(S32, f, int32_t)                                           \
-      PTXEMU_CASE(S64, f, int64_t)                                           \
-      default:                                                               \
+#define PTXEMU_BY_INTEGER(d, type, f)                                            \
+  [&]() -> Handler {                                                             \
+    switch (type) {                                                              \
+      PTXEMU_CASE(U16, f, uint16_t)                                              \
+      PTXEMU_CASE(U32, f, uint32_t)                                              \
+      PTXEMU_CASE(U64, f, uint64_t)                                              \
+      PTXEMU_CASE(S16, f, int16_t)                                               \
+      PTXEMU_CASE(S32, f, int32_t)                                               \
+      PTXEMU_CASE(S64, f, int64_t)                                               \
+      default:                                                                   \
         (d).refuse(std::string("type .") + name_of(type) + " is not supported"); \
-    }                                                                        \
+    }                                                                            \
   }()
 
 /// Bits of 16, 32 and 64.
-#define PTXEMU_BY_BITS(d, type, f)                                           \
-  [&]() -> Handler {                                                         \
-    switch (bits_of(type)) {                                                 \
-      case 16: return &Lanewise<&f<uint16_t>>::run;                          \
-      case 32: return &Lanewise<&f<uint32_t>>::run;                          \
-      case 64: return &Lanewise<&f<uint64_t>>::run;                          \
-      default:                                                               \
+#define PTXEMU_BY_BITS(d, type, f)                                               \
+  [&]() -> Handler {                                                             \
+    switch (bits_of(type)) {                                                     \
+      case 16:                                                                   \
+        return &Lanewise<&f<uint16_t>>::run;                                     \
+      case 32:                                                                   \
+        return &Lanewise<&f<uint32_t>>::run;                                     \
+      case 64:                                                                   \
+        return &Lanewise<&f<uint64_t>>::run;                                     \
+      default:                                                                   \
         (d).refuse(std::string("type .") + name_of(type) + " is not supported"); \
-    }                                                                        \
+    }                                                                            \
   }()
 
 namespace ptxemu {

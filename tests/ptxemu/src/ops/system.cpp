@@ -1,4 +1,5 @@
-// What is left: hints to the hardware that change no value here (PTX ISA, "Miscellaneous Instructions").
+// What is left: hints to the hardware that change no value here (PTX ISA, "Miscellaneous
+// Instructions").
 #include "pick.h"
 
 namespace ptxemu {
@@ -23,7 +24,8 @@ void decode_setmaxnreg(Decoder& d) {
   d.take_type();
   d.need_args(1, 1);
   const uint64_t count = d.integer(d.arg(0));
-  if (count < 24 || count > 256 || count % 8) d.refuse("needs 24 to 256 registers, a multiple of 8");
+  if (count < 24 || count > 256 || count % 8)
+    d.refuse("needs 24 to 256 registers, a multiple of 8");
   d.inst.flow = Flow::Sync;
   d.inst.run = &do_nothing;
 }

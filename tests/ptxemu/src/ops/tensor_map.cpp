@@ -1,9 +1,10 @@
 // Copies of boxes of tensors (PTX ISA, "cp.async.bulk.tensor", "cp.reduce.async.bulk.tensor").
+#include "tensor_map.h"
+
 #include <algorithm>
 
 #include "async.h"
 #include "pick.h"
-#include "tensor_map.h"
 
 namespace ptxemu {
 namespace {
@@ -19,24 +20,32 @@ struct BoxDetail : Detail {
 
 std::string problem_of(const TensorMap& m, int rank) {
   if (m.magic != kMagic) return "the address does not hold a tensor map";
-  if (m.rank_minus_1 + 1 != rank) return "the tensor map is of " + std::to_string(m.rank_minus_1 + 1) + " dimensions";
-  if (m.element >= std::size(kElements)) return "elements of type " + std::to_string(m.element) + " are not supported";
+  if (m.rank_minus_1 + 1 != rank)
+    return "the tensor map is of " + std::to_string(m.rank_minus_1 + 1) + " dimensions";
+  if (m.element >= std::size(kElements))
+    return "elements of type " + std::to_string(m.element) + " are not supported";
   if (m.interleave) return "interleaved tensors are not supported";
-  if (m.swizzle >= std::size(kSwizzleBytes)) return "swizzle mode " + std::to_string(m.swizzle) + " is not supported";
+  if (m.swizzle >= std::size(kSwizzleBytes))
+    return "swizzle mode " + std::to_string(m.swizzle) + " is not supported";
   if (m.address % 16) return "the tensor's address is no multiple of 16";
   const int bytes = bytes_of(kElements[m.element]);
   for (int i = 0; i < rank; ++i) {
-    if (m.box[i] < 1 || m.box[i] > 256) return "box dimension " + std::to_string(i) + " is " + std::to_string(m.box[i]) + ", needs 1 to 256";
+    if (m.box[i] < 1 || m.box[i] > 256)
+      return "box dimension " + std::to_string(i) + " is " + std::to_string(m.box[i]) +
+             ", needs 1 to 256";
     if (m.size[i] < 1) return "dimension " + std::to_string(i) + " is 0";
     if (m.element_stride[i] != 1) return "element strides other than 1 are not supported";
-    if (i && m.stride[i - 1] % 16) return "stride " + std::to_string(i) + " is no multiple of 16 bytes";
+    if (i && m.stride[i - 1] % 16)
+      return "stride " + std::to_string(i) + " is no multiple of 16 bytes";
   }
   const int row = m.box[0] * bytes;
   if (row % 16) return "a box row of " + std::to_string(row) + " bytes, no multiple of 16";
   if (m.swizzle && row != kSwizzleBytes[m.swizzle])
-    return "a box row of " + std::to_string(row) + " bytes with a swizzle of " + std::to_string(kSwizzleBytes[m.swizzle]) +
+    return "a box row of " + std::to_string(row) + " bytes with a swizzle of " +
+           std::to_string(kSwizzleBytes[m.swizzle]) +
            (row < kSwizzleBytes[m.swizzle] ? " is not supported" : "");
-  if (m.fill > 1 || (m.fill && !is_float(kElements[m.element]))) return "a fill of NaN in a tensor of integers";
+  if (m.fill > 1 || (m.fill && !is_float(kElements[m.element])))
+    return "a fill of NaN in a tensor of integers";
   return "";
 }
 
@@ -44,17 +53,22 @@ std::string problem_of(const TensorMap& m, int rank) {
 uint32_t fill_bits(const TensorMap& m) {
   if (!m.fill) return 0;
   switch (kElements[m.element]) {
-    case Type::F16: return 0x7fff7fff;
-    case Type::BF16: return 0x7fff7fff;
+    case Type::F16:
+      return 0x7fff7fff;
+    case Type::BF16:
+      return 0x7fff7fff;
     case Type::F32:
-    case Type::F64: return 0x7fffffff;
-    default: return 0;
+    case Type::F64:
+      return 0x7fffffff;
+    default:
+      return 0;
   }
 }
 
-// The pieces of a box: 16 bytes each where a swizzle moves them, else whole rows, cut where the tensor ends.
-std::vector<BulkPiece> pieces_of(Warp& w, const Inst& inst, int lane, const TensorMap& m, const int32_t* at, uint64_t shared,
-                                 bool is_load, bool& failed) {
+// The pieces of a box: 16 bytes each where a swizzle moves them, else whole rows, cut where the
+// tensor ends.
+std::vector<BulkPiece> pieces_of(Warp& w, const Inst& inst, int lane, const TensorMap& m,
+                                 const int32_t* at, uint64_t shared, bool is_load, bool& failed) {
   const int rank = m.rank_minus_1 + 1;
   const auto bytes = static_cast<int64_t>(bytes_of(kElements[m.element]));
   const int64_t row_bytes = m.box[0] * bytes;
@@ -73,12 +87,14 @@ std::vector<BulkPiece> pieces_of(Warp& w, const Inst& inst, int lane, const Tens
       address += static_cast<uint64_t>(c) * m.stride[i - 1];
     }
     for (int64_t begin = 0; begin < row_bytes; begin += step) {
-      uint64_t place = shared + row * static_cast<uint64_t>(row_bytes) + static_cast<uint64_t>(begin);
+      uint64_t place =
+          shared + row * static_cast<uint64_t>(row_bytes) + static_cast<uint64_t>(begin);
       place ^= ((place >> 7) & (chunks - 1)) << 4;
       // Elements of this piece that are inside: [first, last)
       const int64_t x = at[0] + begin / bytes, count = step / bytes;
       const int64_t first = inside ? std::clamp<int64_t>(-x, 0, count) : 0;
-      const int64_t last = inside ? std::clamp<int64_t>(static_cast<int64_t>(m.size[0]) - x, first, count) : 0;
+      const int64_t last =
+          inside ? std::clamp<int64_t>(static_cast<int64_t>(m.size[0]) - x, first, count) : 0;
       BulkPiece piece;
       piece.shared = place;
       piece.bytes = static_cast<uint64_t>(step);
@@ -86,7 +102,9 @@ std::vector<BulkPiece> pieces_of(Warp& w, const Inst& inst, int lane, const Tens
       piece.last = static_cast<uint64_t>(last * bytes);
       piece.fill = fill_bits(m);
       if (first < last) {
-        piece.global = global_range(w, inst, lane, address + static_cast<uint64_t>((x + first) * bytes), piece.last - piece.first, !is_load);
+        piece.global =
+            global_range(w, inst, lane, address + static_cast<uint64_t>((x + first) * bytes),
+                         piece.last - piece.first, !is_load);
         failed |= piece.global == nullptr;
       }
       pieces.push_back(piece);
@@ -102,10 +120,13 @@ Type bits_type(BulkReduce op, Type type) {
 }
 
 // Why the map cannot be used so; empty if it can.
-std::string problem_of(Warp& w, const Inst& inst, int lane, const BoxDetail& detail, const Location& at) {
-  if (at.space == Space::Shared || at.space == Space::Local) return "a tensor map is in global, constant or parameter memory";
+std::string problem_of(Warp& w, const Inst& inst, int lane, const BoxDetail& detail,
+                       const Location& at) {
+  if (at.space == Space::Shared || at.space == Space::Local)
+    return "a tensor map is in global, constant or parameter memory";
   TensorMap m;
-  if (!read_memory(w, inst, lane, at, sizeof m, &m)) return "some of the tensor map was never written";
+  if (!read_memory(w, inst, lane, at, sizeof m, &m))
+    return "some of the tensor map was never written";
   const std::string problem = problem_of(m, detail.rank);
   if (!problem.empty() || detail.reduce == BulkReduce::None) return problem;
   const Type type = kElements[m.element];
@@ -120,29 +141,36 @@ void run_box(Warp& w, const Inst& inst, Mask lanes) {
   w.require_defined(detail.shared.base, lanes, inst, "an address");
   for (const Operand& c : detail.coordinates) w.require_defined(c, lanes, inst, "a coordinate");
   each_lane(lanes, [&](int lane) {
-    const Location at = locate(w, inst, lane, Space::Generic, detail.map.at(w, lane), sizeof(TensorMap), 64, false);
+    const Location at =
+        locate(w, inst, lane, Space::Generic, detail.map.at(w, lane), sizeof(TensorMap), 64, false);
     if (at.host == nullptr) return;
     const std::string problem = problem_of(w, inst, lane, detail, at);
     if (!problem.empty()) return w.report(Kind::Invalid, inst, 1u << lane, problem);
     TensorMap m;
     std::memcpy(&m, at.host, sizeof m);
-    const Location shared = locate(w, inst, lane, Space::SharedCluster, detail.shared.at(w, lane), 16, 128, detail.is_load);
+    const Location shared = locate(w, inst, lane, Space::SharedCluster, detail.shared.at(w, lane),
+                                   16, 128, detail.is_load);
     if (shared.host == nullptr) return;
     int32_t coordinates[kMaxRank];
-    for (int i = 0; i < detail.rank; ++i) coordinates[i] = w.row<int32_t>(detail.coordinates[static_cast<size_t>(i)])[lane];
+    for (int i = 0; i < detail.rank; ++i)
+      coordinates[i] = w.row<int32_t>(detail.coordinates[static_cast<size_t>(i)])[lane];
     bool failed = false;
-    const std::vector<BulkPiece> pieces = pieces_of(w, inst, lane, m, coordinates, shared.offset, detail.is_load, failed);
+    const std::vector<BulkPiece> pieces =
+        pieces_of(w, inst, lane, m, coordinates, shared.offset, detail.is_load, failed);
     if (failed) return;
-    if (!detail.is_load) return start_bulk_store(w, inst, lane, pieces, detail.reduce, kElements[m.element]);
-    const Location barrier = locate(w, inst, lane, Space::SharedCluster, detail.barrier.at(w, lane), 8, 8, true);
+    if (!detail.is_load)
+      return start_bulk_store(w, inst, lane, shared, pieces, detail.reduce, kElements[m.element]);
+    const Location barrier =
+        locate(w, inst, lane, Space::SharedCluster, detail.barrier.at(w, lane), 8, 8, true);
     if (barrier.host == nullptr) return;
     const uint16_t* mask = detail.multicast ? w.row<uint16_t>(detail.mask) + lane : nullptr;
-    start_bulk_load(w, inst, lane, copy_targets(w, inst, lane, shared, barrier, mask), pieces, barrier.offset);
+    start_bulk_load(w, inst, lane, copy_targets(w, inst, lane, shared, barrier, mask), pieces,
+                    barrier.offset);
   });
 }
 
-// .2d.shared::cluster.global.tile.mbarrier [shared], [map, {coordinates}], [mbarrier] {, mask} {, policy};
-// .2d.global.shared::cta.tile.bulk_group [map, {coordinates}], [shared] {, policy}
+// .2d.shared::cluster.global.tile.mbarrier [shared], [map, {coordinates}], [mbarrier] {, mask} {,
+// policy}; .2d.global.shared::cta.tile.bulk_group [map, {coordinates}], [shared] {, policy}
 void decode_box(Decoder& d, bool reduces) {
   auto& detail = d.detail<BoxDetail>();
   detail.rank = d.take_one({"1d", "2d", "3d", "4d", "5d"}) + 1;
@@ -161,13 +189,15 @@ void decode_box(Decoder& d, bool reduces) {
   const size_t count = detail.is_load ? 3u + detail.multicast + hint : 2u + hint;
   d.need_args(count, count);
   const Arg& map = d.arg(detail.is_load ? 1 : 0);
-  if (map.kind != Arg::Kind::Address || map.children.size() != 2) d.refuse("needs [map, {coordinates}]");
+  if (map.kind != Arg::Kind::Address || map.children.size() != 2)
+    d.refuse("needs [map, {coordinates}]");
   Arg map_address = map;
   map_address.children.resize(1);
   detail.map = Pointer::decode(d, map_address);
   if (map.children[1].kind != Arg::Kind::Vector) d.refuse("needs [map, {coordinates}]");
   const std::vector<Arg>& coordinates = map.children[1].children;
-  if (coordinates.size() != static_cast<size_t>(detail.rank)) d.refuse("has " + std::to_string(coordinates.size()) + " coordinates");
+  if (coordinates.size() != static_cast<size_t>(detail.rank))
+    d.refuse("has " + std::to_string(coordinates.size()) + " coordinates");
   for (const Arg& c : coordinates) detail.coordinates.push_back(d.src(c, Type::S32));
   detail.shared = Pointer::decode(d, d.arg(detail.is_load ? 0 : 1));
   if (detail.is_load) detail.barrier = Pointer::decode(d, d.arg(2));

@@ -9,7 +9,18 @@
 namespace ptxemu {
 namespace {
 
-enum class Field : uint8_t { Address, Rank, Box, Size, Stride, ElementStride, Element, Interleave, Swizzle, Fill };
+enum class Field : uint8_t {
+  Address,
+  Rank,
+  Box,
+  Size,
+  Stride,
+  ElementStride,
+  Element,
+  Interleave,
+  Swizzle,
+  Fill
+};
 
 struct ReplaceDetail : Detail {
   Pointer at;
@@ -23,22 +34,32 @@ struct ReplaceDetail : Detail {
 std::pair<size_t, size_t> place_of(const ReplaceDetail& detail) {
   const auto i = static_cast<size_t>(detail.index);
   switch (detail.field) {
-    case Field::Address: return {offsetof(TensorMap, address), 8};
-    case Field::Rank: return {offsetof(TensorMap, rank_minus_1), 1};
-    case Field::Box: return {offsetof(TensorMap, box) + 2 * i, 2};
-    case Field::Size: return {offsetof(TensorMap, size) + 4 * i, 4};
-    case Field::Stride: return {offsetof(TensorMap, stride) + 8 * i, 8};
-    case Field::ElementStride: return {offsetof(TensorMap, element_stride) + i, 1};
-    case Field::Element: return {offsetof(TensorMap, element), 1};
-    case Field::Interleave: return {offsetof(TensorMap, interleave), 1};
-    case Field::Swizzle: return {offsetof(TensorMap, swizzle), 1};
-    case Field::Fill: return {offsetof(TensorMap, fill), 1};
+    case Field::Address:
+      return {offsetof(TensorMap, address), 8};
+    case Field::Rank:
+      return {offsetof(TensorMap, rank_minus_1), 1};
+    case Field::Box:
+      return {offsetof(TensorMap, box) + 2 * i, 2};
+    case Field::Size:
+      return {offsetof(TensorMap, size) + 4 * i, 4};
+    case Field::Stride:
+      return {offsetof(TensorMap, stride) + 8 * i, 8};
+    case Field::ElementStride:
+      return {offsetof(TensorMap, element_stride) + i, 1};
+    case Field::Element:
+      return {offsetof(TensorMap, element), 1};
+    case Field::Interleave:
+      return {offsetof(TensorMap, interleave), 1};
+    case Field::Swizzle:
+      return {offsetof(TensorMap, swizzle), 1};
+    case Field::Fill:
+      return {offsetof(TensorMap, fill), 1};
   }
   throw std::logic_error("a field of a tensor map without a place");
 }
 
-// The whole map counts as written, but what was never defined stays so but for the field: in words, the size of the
-// largest.
+// The whole map counts as written, but what was never defined stays so but for the field: in words,
+// the size of the largest.
 void run_replace(Warp& w, const Inst& inst, Mask lanes) {
   const auto& detail = static_cast<const ReplaceDetail&>(*inst.detail);
   w.require_defined(detail.at.base, lanes, inst, "an address");
@@ -46,10 +67,12 @@ void run_replace(Warp& w, const Inst& inst, Mask lanes) {
   const auto [place, bytes] = place_of(detail);
   each_lane(lanes, [&](int lane) {
     const uint8_t* value = w.row<uint8_t>(detail.value) + lane * detail.value_bytes;
-    if (std::any_of(value + bytes, value + detail.value_bytes, [](uint8_t byte) { return byte != 0; }))
+    if (std::any_of(value + bytes, value + detail.value_bytes,
+                    [](uint8_t byte) { return byte != 0; }))
       w.report(Kind::Invalid, inst, 1u << lane, "the value is too large for the field");
     const uint64_t address = detail.at.at(w, lane);
-    if (locate(w, inst, lane, inst.space, address, sizeof(TensorMap), 64, true).host == nullptr) return;
+    if (locate(w, inst, lane, inst.space, address, sizeof(TensorMap), 64, true).host == nullptr)
+      return;
     for (uint64_t at = 0; at < sizeof(TensorMap); at += 8) {
       const Location word = locate(w, inst, lane, inst.space, address + at, 8, 8, true);
       uint8_t data[8];
@@ -64,14 +87,20 @@ void run_replace(Warp& w, const Inst& inst, Mask lanes) {
   });
 }
 
-// The codes that a field may have; none: not an enumeration ("tensormap.replace", validity of new_val).
+// The codes that a field may have; none: not an enumeration ("tensormap.replace", validity of
+// new_val).
 uint64_t codes_of(Field field) {
   switch (field) {
-    case Field::Element: return std::size(kElements);
-    case Field::Interleave: return 3;
-    case Field::Swizzle: return std::size(kSwizzleBytes);
-    case Field::Fill: return 2;
-    default: return 0;
+    case Field::Element:
+      return std::size(kElements);
+    case Field::Interleave:
+      return 3;
+    case Field::Swizzle:
+      return std::size(kSwizzleBytes);
+    case Field::Fill:
+      return 2;
+    default:
+      return 0;
   }
 }
 
@@ -83,12 +112,16 @@ struct CopyMapDetail : Detail {
 void run_copy_map(Warp& w, const Inst& inst, Mask lanes) {
   const auto& detail = static_cast<const CopyMapDetail&>(*inst.detail);
   const int lane = __builtin_ctz(lanes);
-  const Location from = locate(w, inst, lane, Space::Shared, detail.from.at(w, lane), sizeof(TensorMap), 64, false);
-  const Location to = locate(w, inst, lane, Space::Global, detail.to.at(w, lane), sizeof(TensorMap), 64, true);
+  const Location from =
+      locate(w, inst, lane, Space::Shared, detail.from.at(w, lane), sizeof(TensorMap), 64, false);
+  const Location to =
+      locate(w, inst, lane, Space::Global, detail.to.at(w, lane), sizeof(TensorMap), 64, true);
   if (from.host == nullptr || to.host == nullptr) return;
   TensorMap m;
   const bool known = read_memory(w, inst, lane, from, sizeof m, &m);
-  if (!known) w.report(Kind::Uninitialised, inst, 1u << lane, "copies a tensor map of which some was never written");
+  if (!known)
+    w.report(Kind::Uninitialised, inst, 1u << lane,
+             "copies a tensor map of which some was never written");
   write_memory(w, inst, lane, to, sizeof m, &m, known);
 }
 
@@ -97,8 +130,9 @@ void run_copy_map(Warp& w, const Inst& inst, Mask lanes) {
 void decode_replace(Decoder& d) {
   auto& detail = d.detail<ReplaceDetail>();
   d.take_one({"tile"});
-  detail.field = static_cast<Field>(d.take_one({"global_address", "rank", "box_dim", "global_dim", "global_stride", "element_stride",
-                                                "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"}));
+  detail.field = static_cast<Field>(
+      d.take_one({"global_address", "rank", "box_dim", "global_dim", "global_stride",
+                  "element_stride", "elemtype", "interleave_layout", "swizzle_mode", "fill_mode"}));
   static constexpr Space kSpaces[] = {Space::Global, Space::Shared, Space::Generic};
   d.inst.space = kSpaces[d.take_one({"global", "shared::cta"}, 2)];
   d.take_one({"b1024"});
@@ -110,12 +144,14 @@ void decode_replace(Decoder& d) {
   detail.at = Pointer::decode(d, d.arg(0));
   if (indexed) {
     const uint64_t index = d.integer(d.arg(1));
-    if (index >= (detail.field == Field::Stride ? kMaxRank - 1 : kMaxRank)) d.refuse("a tensor has at most 5 dimensions");
+    if (index >= (detail.field == Field::Stride ? kMaxRank - 1 : kMaxRank))
+      d.refuse("a tensor has at most 5 dimensions");
     detail.index = static_cast<int>(index);
   }
   const Arg& value = d.arg(indexed ? 2 : 1);
   const uint64_t codes = codes_of(detail.field);
-  if (codes && d.integer(value) >= codes) d.refuse("value " + std::to_string(d.integer(value)) + " is not supported");
+  if (codes && d.integer(value) >= codes)
+    d.refuse("value " + std::to_string(d.integer(value)) + " is not supported");
   detail.value = d.src(value, type);
   detail.value_bytes = bytes_of(type);
   d.inst.run = &run_replace;

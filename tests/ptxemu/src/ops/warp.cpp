@@ -1,5 +1,5 @@
-// Instructions by which the lanes of a warp exchange values (PTX ISA: shfl.sync, vote.sync, match.sync, redux.sync,
-// activemask, elect.sync, bar.warp.sync).
+// Instructions by which the lanes of a warp exchange values (PTX ISA: shfl.sync, vote.sync,
+// match.sync, redux.sync, activemask, elect.sync, bar.warp.sync).
 #include <algorithm>
 #include <map>
 
@@ -26,7 +26,8 @@ void run_shfl(Warp& w, const Inst& inst, Mask lanes) {
   std::copy_n(w.row<uint32_t>(inst.o[2]), kLanes, value);
   uint32_t* d = w.row<uint32_t>(inst.o[0]);
   const uint32_t *b = w.row<uint32_t>(inst.o[3]), *c = w.row<uint32_t>(inst.o[4]);
-  const Mask defined = w.defined[inst.o[2].row] & w.defined[inst.o[3].row] & w.defined[inst.o[4].row];
+  const Mask defined =
+      w.defined[inst.o[2].row] & w.defined[inst.o[3].row] & w.defined[inst.o[4].row];
   Mask known = 0, inside = 0, switched_off = 0;
   each_lane(lanes, [&](int lane) {
     const int clamp = static_cast<int>(c[lane] & 31), segment = static_cast<int>(c[lane] >> 8 & 31);
@@ -35,10 +36,22 @@ void run_shfl(Warp& w, const Inst& inst, Mask lanes) {
     int from = 0;
     bool p = false;
     switch (kMode) {
-      case Shuffle::Up: from = lane - by; p = from >= last; break;
-      case Shuffle::Down: from = lane + by; p = from <= last; break;
-      case Shuffle::Butterfly: from = lane ^ by; p = from <= last; break;
-      case Shuffle::Index: from = first | (by & ~segment); p = from <= last; break;
+      case Shuffle::Up:
+        from = lane - by;
+        p = from >= last;
+        break;
+      case Shuffle::Down:
+        from = lane + by;
+        p = from <= last;
+        break;
+      case Shuffle::Butterfly:
+        from = lane ^ by;
+        p = from <= last;
+        break;
+      case Shuffle::Index:
+        from = first | (by & ~segment);
+        p = from <= last;
+        break;
     }
     if (!p) from = lane;
     inside |= static_cast<Mask>(p) << lane;
@@ -66,8 +79,8 @@ void decode_shfl(Decoder& d) {
   d.inst.imm = pair;
   for (size_t i = 1; i <= 3; ++i) d.inst.o[1 + i] = d.src(d.arg(i), Type::B32);
   by_members(d, d.arg(4));
-  static constexpr Handler kModes[] = {&run_shfl<Shuffle::Up>, &run_shfl<Shuffle::Down>, &run_shfl<Shuffle::Butterfly>,
-                                       &run_shfl<Shuffle::Index>};
+  static constexpr Handler kModes[] = {&run_shfl<Shuffle::Up>, &run_shfl<Shuffle::Down>,
+                                       &run_shfl<Shuffle::Butterfly>, &run_shfl<Shuffle::Index>};
   d.inst.run = kModes[mode];
 }
 
@@ -84,7 +97,9 @@ void run_vote(Warp& w, const Inst& inst, Mask lanes) {
     uint32_t* d = w.row<uint32_t>(inst.o[0]);
     each_lane(lanes, [&](int lane) { d[lane] = yes; });
   } else {
-    const bool result = kMode == Vote::All ? yes == lanes : kMode == Vote::Any ? yes != 0 : yes == 0 || yes == lanes;
+    const bool result = kMode == Vote::All   ? yes == lanes
+                        : kMode == Vote::Any ? yes != 0
+                                             : yes == 0 || yes == lanes;
     Mask& d = w.predicate(inst.o[0]);
     d = (d & ~lanes) | (result ? lanes : 0);
   }
@@ -101,8 +116,8 @@ void decode_vote(Decoder& d) {
   d.inst.o[1] = d.predicate(d.arg(1), negated);
   d.inst.imm = negated;
   by_members(d, d.arg(2));
-  static constexpr Handler kModes[] = {&run_vote<Vote::All>, &run_vote<Vote::Any>, &run_vote<Vote::Uniform>,
-                                       &run_vote<Vote::Ballot>};
+  static constexpr Handler kModes[] = {&run_vote<Vote::All>, &run_vote<Vote::Any>,
+                                       &run_vote<Vote::Uniform>, &run_vote<Vote::Ballot>};
   d.inst.run = kModes[mode];
 }
 
@@ -146,9 +161,12 @@ void decode_match(Decoder& d) {
   d.inst.imm = pair;
   d.inst.o[2] = d.src(d.arg(1), type);
   by_members(d, d.arg(2));
-  if (type == Type::B32) d.inst.run = all ? &run_match_all<uint32_t> : &run_match_any<uint32_t>;
-  else if (type == Type::B64) d.inst.run = all ? &run_match_all<uint64_t> : &run_match_any<uint64_t>;
-  else d.refuse("needs .b32 or .b64");
+  if (type == Type::B32)
+    d.inst.run = all ? &run_match_all<uint32_t> : &run_match_any<uint32_t>;
+  else if (type == Type::B64)
+    d.inst.run = all ? &run_match_all<uint64_t> : &run_match_any<uint64_t>;
+  else
+    d.refuse("needs .b32 or .b64");
 }
 
 // ---- redux
@@ -170,10 +188,17 @@ uint32_t sum(uint32_t a, uint32_t b) { return a + b; }
 uint32_t bits_and(uint32_t a, uint32_t b) { return a & b; }
 uint32_t bits_or(uint32_t a, uint32_t b) { return a | b; }
 uint32_t bits_xor(uint32_t a, uint32_t b) { return a ^ b; }
-template <class T> T smaller(T a, T b) { return std::min(a, b); }
-template <class T> T larger(T a, T b) { return std::max(a, b); }
+template <class T>
+T smaller(T a, T b) {
+  return std::min(a, b);
+}
+template <class T>
+T larger(T a, T b) {
+  return std::max(a, b);
+}
 
-// Of floats, by their bits: NaN, signalling or not, loses against a number, or gives the canonical NaN; -0 < +0.
+// Of floats, by their bits: NaN, signalling or not, loses against a number, or gives the canonical
+// NaN; -0 < +0.
 template <bool kLarger, bool kNan, bool kAbs>
 uint32_t extreme_float(uint32_t a, uint32_t b) {
   constexpr uint32_t kCanonical = 0x7fffffff;
@@ -183,13 +208,18 @@ uint32_t extreme_float(uint32_t a, uint32_t b) {
   if (a_is_nan) return b;
   if (b_is_nan) return a;
   // As integers of sign and magnitude, floats are in order.
-  const auto ordered = [](uint32_t v) { return static_cast<int32_t>(v & 0x80000000 ? ~(v ^ 0x80000000) : v); };
+  const auto ordered = [](uint32_t v) {
+    return static_cast<int32_t>(v & 0x80000000 ? ~(v ^ 0x80000000) : v);
+  };
   return (ordered(a) < ordered(b)) != kLarger ? a : b;
 }
 template <bool kLarger>
 Handler float_redux(bool nan, bool abs) {
-  if (nan) return abs ? &run_redux<uint32_t, extreme_float<kLarger, true, true>, true> : &run_redux<uint32_t, extreme_float<kLarger, true, false>, true>;
-  return abs ? &run_redux<uint32_t, extreme_float<kLarger, false, true>, true> : &run_redux<uint32_t, extreme_float<kLarger, false, false>, true>;
+  if (nan)
+    return abs ? &run_redux<uint32_t, extreme_float<kLarger, true, true>, true>
+               : &run_redux<uint32_t, extreme_float<kLarger, true, false>, true>;
+  return abs ? &run_redux<uint32_t, extreme_float<kLarger, false, true>, true>
+             : &run_redux<uint32_t, extreme_float<kLarger, false, false>, true>;
 }
 
 void decode_redux(Decoder& d) {
@@ -208,9 +238,9 @@ void decode_redux(Decoder& d) {
   }
   const bool is_logic = op >= 1 && op <= 3, is_integer = type == Type::U32 || type == Type::S32;
   if (abs || nan || (is_logic ? type != Type::B32 : !is_integer)) d.refuse("is not supported");
-  static constexpr Handler kUnsigned[] = {&run_redux<uint32_t, sum>,      &run_redux<uint32_t, bits_and>,
-                                          &run_redux<uint32_t, bits_or>,  &run_redux<uint32_t, bits_xor>,
-                                          &run_redux<uint32_t, smaller>, &run_redux<uint32_t, larger>};
+  static constexpr Handler kUnsigned[] = {
+      &run_redux<uint32_t, sum>,      &run_redux<uint32_t, bits_and>, &run_redux<uint32_t, bits_or>,
+      &run_redux<uint32_t, bits_xor>, &run_redux<uint32_t, smaller>,  &run_redux<uint32_t, larger>};
   d.inst.run = kUnsigned[op];
   if (is_signed(type) && op == 4) d.inst.run = &run_redux<int32_t, smaller>;
   if (is_signed(type) && op == 5) d.inst.run = &run_redux<int32_t, larger>;
@@ -263,9 +293,13 @@ void decode_warp_barrier(Decoder& d) {
 }  // namespace
 
 const std::vector<Opcode> kWarpOpcodes = {
-    {"shfl.sync", decode_shfl},   {"vote.sync", decode_vote},   {"match", decode_match},
-    {"redux.sync", decode_redux}, {"activemask", decode_activemask},
-    {"elect.sync", decode_elect}, {"bar.warp.sync", decode_warp_barrier},
+    {"shfl.sync", decode_shfl},
+    {"vote.sync", decode_vote},
+    {"match", decode_match},
+    {"redux.sync", decode_redux},
+    {"activemask", decode_activemask},
+    {"elect.sync", decode_elect},
+    {"bar.warp.sync", decode_warp_barrier},
 };
 
 }  // namespace ptxemu

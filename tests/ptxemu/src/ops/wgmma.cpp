@@ -1,13 +1,15 @@
-// wgmma: matrix products of a warpgroup (four warps), asynchronous (PTX ISA, "Asynchronous Warpgroup Level Matrix
-// Instructions").
+// wgmma: matrix products of a warpgroup (four warps), asynchronous (PTX ISA, "Asynchronous
+// Warpgroup Level Matrix Instructions").
 //
-// Each of the four warps computes 16 of the 64 rows. A product is carried out when the program waits for its group, as
-// late as it may: what reads the accumulators before, changes the operands' registers or overwrites shared memory is
-// seen, and gives wrong numbers too. While it is under way its registers are watched (Function::watched).
+// Each of the four warps computes 16 of the 64 rows. A product is carried out when the program
+// waits for its group, as late as it may: what reads the accumulators before, changes the operands'
+// registers or overwrites shared memory is seen, and gives wrong numbers too. While it is under way
+// its registers are watched (Function::watched).
+#include "wgmma.h"
+
 #include <algorithm>
 
 #include "async.h"
-#include "wgmma.h"
 
 namespace ptxemu {
 namespace {
@@ -52,11 +54,13 @@ void check_registers(Warp& w, const Inst& inst) {
     const uint8_t flags = found == w.watched_rows.end() ? 0 : found->second;
     const bool is_source = i >= static_cast<size_t>(detail.d_count);
     if (flags & kUnfenced) {
-      w.report(Kind::AsyncUnwaited, inst, w.live, "its registers were written with no wgmma.fence since");
+      w.report(Kind::AsyncUnwaited, inst, w.live,
+               "its registers were written with no wgmma.fence since");
       found->second &= static_cast<uint8_t>(~kUnfenced);
     }
     if ((is_source && (flags & kAccumulator)) || (!is_source && (flags & kSource)))
-      w.report(Kind::AsyncUnwaited, inst, w.live, "uses a register of a wgmma that is under way, not waited for");
+      w.report(Kind::AsyncUnwaited, inst, w.live,
+               "uses a register of a wgmma that is under way, not waited for");
   }
 }
 
@@ -67,14 +71,16 @@ uint64_t descriptor(Warp& w, const Inst& inst, Operand o) {
   if (std::any_of(values, values + kLanes, [&](uint64_t v) { return v != values[0]; }))
     w.report(Kind::Invalid, inst, kAllLanes, "the lanes have different matrix descriptors");
   if (values[0] & MatrixDescriptor::kUnsupported)
-    w.report(Kind::Invalid, inst, kAllLanes, "a matrix descriptor with a base offset, or with other bits set, is not supported");
+    w.report(Kind::Invalid, inst, kAllLanes,
+             "a matrix descriptor with a base offset, or with other bits set, is not supported");
   return values[0];
 }
 
 void run_mma(Warp& w, const Inst& inst, Mask lanes) {
   const auto& detail = static_cast<const WgmmaDetail&>(*inst.detail);
   if (lanes != kAllLanes) w.report(Kind::Invalid, inst, ~lanes, "needs all lanes of the warp");
-  if (w.block->warps.size() <= (w.index | 3)) w.report(Kind::Invalid, inst, lanes, "needs a warpgroup: four warps");
+  if (w.block->warps.size() <= (w.index | 3))
+    w.report(Kind::Invalid, inst, lanes, "needs a warpgroup: four warps");
   check_registers(w, inst);
   auto m = std::make_shared<AsyncMatrix>();
   m->inst = &inst;
@@ -87,10 +93,12 @@ void run_mma(Warp& w, const Inst& inst, Mask lanes) {
   m->b_descriptor = descriptor(w, inst, inst.o[1]);
   const Mask scale = w.predicate(inst.o[2]);
   w.require_defined(inst.o[2], lanes, inst, "whether to accumulate");
-  if (scale != 0 && scale != kAllLanes) w.report(Kind::Invalid, inst, lanes, "the lanes have different scale-d");
+  if (scale != 0 && scale != kAllLanes)
+    w.report(Kind::Invalid, inst, lanes, "the lanes have different scale-d");
   m->accumulate = (scale & 1) != detail.scale_d_negated;
   for (int i = 0; i < detail.d_count; ++i) {
-    if (m->accumulate) w.require_defined(inst.more[static_cast<size_t>(i)], lanes, inst, "an accumulator");
+    if (m->accumulate)
+      w.require_defined(inst.more[static_cast<size_t>(i)], lanes, inst, "an accumulator");
     w.defined[inst.more[static_cast<size_t>(i)].row] = kAllLanes;
   }
   begin_reading(w, *m);
@@ -103,10 +111,12 @@ void run_commit(Warp& w, const Inst&, Mask) {
   w.open_matrices.clear();
 }
 
-// What is still under way keeps its registers, and its shared memory, of which another may have read the same.
+// What is still under way keeps its registers, and its shared memory, of which another may have
+// read the same.
 void keep(Warp& w, const AsyncMatrix& m) {
   set_watch(w, m, true);
-  for (const auto& [at, size] : m.read) w.block->shared->begin_async_read(w.access(*m.inst, 0), at, size);
+  for (const auto& [at, size] : m.read)
+    w.block->shared->begin_async_read(w.access(*m.inst, 0), at, size);
 }
 
 void run_wait(Warp& w, const Inst& inst, Mask) {
@@ -124,14 +134,22 @@ void run_wait(Warp& w, const Inst& inst, Mask) {
 
 Element element_of(Decoder& d, Type type) {
   switch (type) {
-    case Type::F16: return Element::F16;
-    case Type::BF16: return Element::BF16;
-    case Type::TF32: return Element::TF32;
-    case Type::E4M3: return Element::E4M3;
-    case Type::E5M2: return Element::E5M2;
-    case Type::S8: return Element::S8;
-    case Type::U8: return Element::U8;
-    default: d.refuse(std::string("matrices of .") + name_of(type) + " are not supported");
+    case Type::F16:
+      return Element::F16;
+    case Type::BF16:
+      return Element::BF16;
+    case Type::TF32:
+      return Element::TF32;
+    case Type::E4M3:
+      return Element::E4M3;
+    case Type::E5M2:
+      return Element::E5M2;
+    case Type::S8:
+      return Element::S8;
+    case Type::U8:
+      return Element::U8;
+    default:
+      d.refuse(std::string("matrices of .") + name_of(type) + " are not supported");
   }
 }
 
@@ -140,8 +158,8 @@ bool is_integer(Element e) { return e == Element::S8 || e == Element::U8; }
 void decode_shape(Decoder& d, WgmmaDetail& detail) {
   const std::string shape = d.take_next();
   int used = 0;
-  if (std::sscanf(shape.c_str(), "m64n%dk%d%n", &detail.n, &detail.k, &used) != 2 || used != static_cast<int>(shape.size()) ||
-      detail.n < 8 || detail.n > 256 || detail.n % 8)
+  if (std::sscanf(shape.c_str(), "m64n%dk%d%n", &detail.n, &detail.k, &used) != 2 ||
+      used != static_cast<int>(shape.size()) || detail.n < 8 || detail.n > 256 || detail.n % 8)
     d.refuse("shape ." + shape + " is not supported");
 }
 
@@ -157,7 +175,8 @@ void decode_types(Decoder& d, WgmmaDetail& detail) {
   if (bits == 8 ? bits_of(detail.b) != 8 || is_integer(detail.b) != is_int : detail.b != detail.a)
     d.refuse("A and B of these types do not go together");
   const bool has_half = detail.a == Element::F16 || (bits == 8 && !is_int);
-  if (is_int ? detail.result != Type::S32 : detail.result != Type::F32 && !(detail.result == Type::F16 && has_half))
+  if (is_int ? detail.result != Type::S32
+             : detail.result != Type::F32 && !(detail.result == Type::F16 && has_half))
     d.refuse(std::string("a result of .") + name_of(detail.result) + " is not supported");
   if (detail.saturate && !is_int) d.refuse("only integers have .satfinite");
   if (is_int && detail.n > 32 && detail.n % 16) d.refuse("integers have no shape with this n");
@@ -167,7 +186,8 @@ void decode_types(Decoder& d, WgmmaDetail& detail) {
 bool take_flag(Decoder& d, size_t arg, int64_t no, int64_t yes) {
   const auto value = static_cast<int64_t>(d.integer(d.arg(arg)));
   if (value != no && value != yes)
-    d.refuse("operand " + std::to_string(arg) + " is " + std::to_string(value) + ", needs " + std::to_string(no) + " or " + std::to_string(yes));
+    d.refuse("operand " + std::to_string(arg) + " is " + std::to_string(value) + ", needs " +
+             std::to_string(no) + " or " + std::to_string(yes));
   return value == yes;
 }
 
@@ -181,8 +201,10 @@ void decode_mma(Decoder& d) {
   d.need_args(4, 8);
   const std::vector<Arg> results = Decoder::elements(d.arg(0));
   if (results.size() != static_cast<size_t>(detail.d_count))
-    d.refuse("has " + std::to_string(results.size()) + " accumulators, needs " + std::to_string(detail.d_count));
-  for (const Arg& a : results) d.inst.more.push_back(d.dst(a, detail.result == Type::F32 ? Type::F32 : Type::B32));
+    d.refuse("has " + std::to_string(results.size()) + " accumulators, needs " +
+             std::to_string(detail.d_count));
+  for (const Arg& a : results)
+    d.inst.more.push_back(d.dst(a, detail.result == Type::F32 ? Type::F32 : Type::B32));
   detail.a_in_registers = d.arg(1).kind == Arg::Kind::Vector;
   if (detail.a_in_registers) {
     if (d.arg(1).children.size() != 4) d.refuse("A has 4 registers");
@@ -221,15 +243,16 @@ void decode_plain(Decoder& d) {
 
 }  // namespace
 
-// A row that a wgmma uses is touched by another instruction. PTX wants a fence after reads, too; compilers put these
-// behind the fence (Triton's does).
+// A row that a wgmma uses is touched by another instruction. PTX wants a fence after reads, too;
+// compilers put these behind the fence (Triton's does).
 void check_watched_registers(Warp& w, const Inst& inst) {
   for (const auto& [row, touch] : w.frame->function->watched.at(inst.index)) {
     const bool is_write = touch != Touch::Read;
     uint8_t& flags = w.watched_rows[row];
     if ((flags & kAccumulator) || (is_write && (flags & kSource)))
       w.report(Kind::AsyncUnwaited, inst, w.live,
-               std::string(is_write ? "writes" : "reads") + " a register of a wgmma that is under way, not waited for");
+               std::string(is_write ? "writes" : "reads") +
+                   " a register of a wgmma that is under way, not waited for");
     if (touch == Touch::Write) flags |= kUnfenced;
   }
 }
