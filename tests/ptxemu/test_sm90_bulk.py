@@ -110,6 +110,13 @@ def test_exit_without_waiting_for_a_load() -> None:
     pytest.fail("no seed lets the block exit first")
 
 
+def test_barrier_that_is_gone_when_the_copy_ends() -> None:
+    body = f"{init(1)}{BUFFER}{load(32, mark=HERE)}@first mbarrier.inval.shared::cta.b64 [bars];\n"
+    spin = "mov.u32 r9, 0;\nLOOP:\nadd.u32 r9, r9, 1;\nsetp.lt.u32 p0, r9, 9000;\n@p0 bra LOOP;\n"
+    message = "its mbarrier has been invalidated when the copy ends"
+    fails(body + spin, "invalid", message)
+
+
 # ---- what loads order
 
 

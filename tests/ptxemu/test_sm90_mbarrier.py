@@ -213,6 +213,13 @@ def test_copies_that_arrive(count: int, arrival: str) -> None:
         assert result.y.tolist() == [4 * (i ^ 63) for i in range(64)]
 
 
+def test_arriving_with_no_copies() -> None:
+    """There is nothing to wait for: the arrival comes at once."""
+    body = f"{init(64)}{NO_INCREMENT}\n"
+    for text in (body, body + wait(), body.replace(".noinc", "") + ARRIVE + wait()):
+        sm90.run(text, block=64).clean()
+
+
 def test_copies_that_arrive_are_not_waited_for() -> None:
     body = init(64) + COPY.replace("ARRIVAL", NO_INCREMENT)
     own = body.replace("xor.b32 r1, tid, 63;", "mov.u32 r1, tid;")

@@ -83,7 +83,7 @@ def test_an_operand_that_a_later_product_still_reads() -> None:
         assert {(f.kind, f.line) for f in result.report.findings} == {("race", result.line("here"))}
 
 
-def refill(early: str, late: str) -> list[Result]:
+def refill(early: str, late: str, waits: str = "r9") -> list[Result]:
     """The copy engine fills B, multiplies, and fills it again when all warps have said that they are done with it."""
     body = f"""{DESCRIPTORS}{STORE_A}{PROXY}{MEET}{init(1, 4)}{zero()}
     mov.u32 r8, buffer;
@@ -97,7 +97,7 @@ def refill(early: str, late: str) -> list[Result]:
     FILL:
     @first mbarrier.arrive.expect_tx.shared::cta.b64 _, [bars], 512;
     @first cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [r8+2048], [m0, {{0}}], [bars];
-    {wait("r9")}
+    {wait(waits)}
     {ARRIVE}{mma()}{COMMIT}{early}{wait_group()}{late}
     add.u32 r9, r9, 1;
     setp.lt.u32 p3, r9, 2;
@@ -112,6 +112,9 @@ def test_a_copy_into_operands_in_use() -> None:
     for result in refill("", release):
         assert (result.clean().x.view(torch.float32) == 32).all()
     assert {f.kind for result in refill(release, "") for f in result.report.findings} == {"race"}
+    # The wait for the phase before is over at once, while the copy is under way.
+    found = [result.report.kinds() for result in refill("", release, waits="r10")]
+    assert set().union(*found) & {"async-unwaited", "race"}
 
 
 def test_descriptor_out_of_bounds() -> None:

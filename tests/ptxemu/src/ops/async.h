@@ -51,7 +51,7 @@ bool has_exited(const Block& block);
 /// yet.
 MemoryBarrier* find_barrier(Warp& w, const Inst& inst, int lane, const Location& location);
 /// Counts bytes that arrived, and completes the phase if nothing is left to wait for.
-void complete_bytes(Block& block, uint64_t barrier, uint64_t bytes);
+void complete_bytes(Block& block, const Inst& inst, uint64_t barrier, uint64_t bytes);
 
 // ---- copies by the copy engine
 

@@ -46,7 +46,7 @@ void start_bulk_load(Warp& w, const Inst& inst, int lane, const std::vector<Bloc
     }
     Cluster* cluster = block->cluster;
     const auto agent = static_cast<uint32_t>(w.seen.size() - 1);
-    const int instruction = inst.index;
+    const Inst* copy = &inst;
     cluster->bulk.push_back(
         {[=] {
            uint64_t total = 0;
@@ -58,11 +58,11 @@ void start_bulk_load(Warp& w, const Inst& inst, int lane, const std::vector<Bloc
              if (piece.first < piece.last)
                std::memcpy(data.data() + piece.first, piece.global, piece.last - piece.first);
              block->shared->end_async_write(piece.shared, piece.bytes, data.data(),
-                                            stamp(cluster->agent_clock, agent, 0), instruction);
+                                            stamp(cluster->agent_clock, agent, 0), copy->index);
              total += piece.bytes;
            }
            ++cluster->agent_clock;
-           complete_bytes(*block, barrier, total);
+           complete_bytes(*block, *copy, barrier, total);
          },
          &inst});
   }

@@ -10,12 +10,17 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "../types.h"
 #include "formats.h"
 
 namespace ptxemu {
 
 /// The formats that matrix instructions multiply.
 enum class Element : uint8_t { F16, BF16, TF32, E4M3, E5M2, S8, U8, F64 };
+class Decoder;
+/// By a matrix instruction's type; refuses what it does not multiply.
+Element matrix_element(Decoder& d, Type type);
+
 inline int bits_of(Element e) {
   switch (e) {
     case Element::F16:

@@ -343,9 +343,9 @@ void run_mma_double(Warp& w, const Inst& inst, Mask lanes) {
   }
 }
 
-// ---- decoding
+}  // namespace
 
-Element element_of(Decoder& d, Type type) {
+Element matrix_element(Decoder& d, Type type) {
   switch (type) {
     case Type::F16:
       return Element::F16;
@@ -368,6 +368,10 @@ Element element_of(Decoder& d, Type type) {
   }
 }
 
+namespace {
+
+// ---- decoding
+
 void decode_mma(Decoder& d) {
   auto& detail = d.detail<MmaDetail>();
   d.take_one({"aligned"});
@@ -382,8 +386,8 @@ void decode_mma(Decoder& d) {
   d.take("col");
   detail.saturate = d.take("satfinite");
   const Type result = d.take_type();
-  detail.a = element_of(d, d.take_type());
-  detail.b = element_of(d, d.take_type());
+  detail.a = matrix_element(d, d.take_type());
+  detail.b = matrix_element(d, d.take_type());
   if (d.take_type() != result) d.refuse("C and D of different types");
   const bool is_double = detail.a == Element::F64;
   const bool is_int = detail.a == Element::S8 || detail.a == Element::U8;

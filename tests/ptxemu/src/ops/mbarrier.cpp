@@ -70,6 +70,7 @@ void arrive_with_copies(Warp& w, const Inst& inst, int lane, Block& block, uint6
   std::vector<AsyncCopy> mine;
   for (const AsyncCopy& copy : w.copies)
     if (copy.lane == lane) mine.push_back(copy);
+  if (mine.empty()) return arrive(w, inst, lane, block, b, 1, w.seen);
   const Clocks released = w.seen;
   block.cluster->bulk.push_back(
       {[&w, &inst, lane, &block, barrier, mine, released] {
@@ -281,9 +282,11 @@ MemoryBarrier* find_barrier(Warp& w, const Inst& inst, int lane, const Location&
   return &found->second;
 }
 
-void complete_bytes(Block& block, uint64_t barrier, uint64_t bytes) {
+void complete_bytes(Block& block, const Inst& inst, uint64_t barrier, uint64_t bytes) {
   const auto found = block.memory_barriers.find(barrier);
-  if (found == block.memory_barriers.end()) return;
+  if (found == block.memory_barriers.end())
+    return block.launch->report.add(Kind::Invalid, block.launch->module, inst,
+                                    "its mbarrier has been invalidated when the copy ends");
   MemoryBarrier& b = found->second;
   b.bytes -= static_cast<int64_t>(bytes);
   Clocks& clocks = b.clocks;
