@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -151,7 +152,7 @@ def size_of(m: TensorMap) -> int:
 
 
 def read(
-    body: str, m: TensorMap, x: Argument, at: Sequence[int], map_: str = "x", **options: int
+    body: str, m: TensorMap, x: Argument, at: Sequence[int], map_: str = "x", **options: Any
 ) -> Result:
     """y: the box that a map reads which the body makes."""
     text = init(1) + body + load(at, size_of(m), map_) + wait() + OUT

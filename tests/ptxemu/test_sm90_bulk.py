@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -59,7 +61,7 @@ def test_loads_of_nothing_and_in_parts() -> None:
 
 
 def fails(
-    body: str, kind: str, message: str, x: torch.Tensor | Output | None = None, **options: int
+    body: str, kind: str, message: str, x: torch.Tensor | Output | None = None, **options: Any
 ) -> None:
     for seed in SEEDS:
         given = source() if x is None else x

@@ -21,6 +21,7 @@ from ptxemu.sm90_boxes import (
     store,
     with_map,
 )
+from ptxemu.tensor_map import Swizzle
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_every_field(
 
 
 @pytest.mark.parametrize("swizzle", ["32B", "64B", "128B"])
-def test_swizzle_mode(swizzle: str) -> None:
+def test_swizzle_mode(swizzle: Swizzle) -> None:
     columns = int(swizzle[:-1]) // 4
     tensor = counted(16, columns)
     m = TensorMap(tensor, (16, columns), swizzle)
