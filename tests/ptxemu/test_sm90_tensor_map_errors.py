@@ -118,6 +118,22 @@ def test_store_of_a_box_that_is_only_partly_written() -> None:
             result.only("uninitialised", message)
 
 
+def test_store_of_rows_that_are_only_partly_written() -> None:
+    tensor = words(8 * 16).view(8, 16)
+    fill = "and.b32 r1, lane, 7;\nsetp.lt.u32 p0, r1, COUNT;\n@p0 st.shared.u32 [own], lane;\n"
+    body = f"{BUFFER}{fill}{FENCE}\nbar.warp.sync -1;\n{store((0, 12), mark=HERE)}{END}"
+    maps = [TensorMap(tensor, (4, 8))]
+    sm90.run(body.replace("COUNT", "4"), maps=maps).clean()
+    assert tensor[:4, 12:].flatten().tolist() == [
+        *range(4),
+        *range(8, 12),
+        *range(16, 20),
+        *range(24, 28),
+    ]
+    result = sm90.run(body.replace("COUNT", "3"), maps=maps)
+    result.only("uninitialised", "copies shared memory that was never written, from byte 0")
+
+
 LOAD = "cp.async.bulk.tensor.{}.mbarrier::complete_tx::bytes [r0], [x, {}], [bars]"
 
 

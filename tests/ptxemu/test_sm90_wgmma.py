@@ -191,6 +191,10 @@ D8, D16 = registers(8), registers(4)
             "this shape is not of these types",
         ),
         (
+            f"m64n16k4.f32.f64.f64 {D8}, d0, d0, 1, 1, 1",
+            "this shape is not of these types",
+        ),
+        (
             f"m64n12k16.f32.bf16.bf16 {D8}, d0, d0, 1, 1, 1, 0, 0",
             "shape .m64n12k16 is not supported",
         ),

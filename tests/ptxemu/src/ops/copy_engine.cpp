@@ -4,10 +4,10 @@
 // waits for its group. Between issue and end its shared memory must not be touched, nor read; that
 // is checked.
 #include <algorithm>
+#include <cstring>
 
 #include "../memory.h"
 #include "async.h"
-#include "formats.h"
 
 namespace ptxemu {
 
@@ -68,19 +68,6 @@ void start_bulk_load(Warp& w, const Inst& inst, int lane, const std::vector<Bloc
   }
 }
 
-namespace {
-
-// Of f32 denormals become zeros ("cp.reduce.async.bulk").
-uint64_t reduce_value(BulkReduce op, Type type, uint64_t old, uint64_t value) {
-  if (type != Type::F32) return reduce_element(op, type, old, value);
-  const auto flushed = [](uint64_t bits) {
-    return bit_cast<uint32_t>(flush(bit_cast<float>(static_cast<uint32_t>(bits))));
-  };
-  return flushed(reduce_element(op, type, flushed(old), flushed(value)));
-}
-
-}  // namespace
-
 void start_bulk_store(Warp& w, const Inst& inst, int lane, const Location& from,
                       const std::vector<BulkPiece>& pieces, BulkReduce reduce, Type type) {
   if (from.block != w.block)
@@ -123,7 +110,7 @@ void start_bulk_store(Warp& w, const Inst& inst, int lane, const Location& from,
         uint64_t old = 0, value = 0;
         std::memcpy(&old, piece.global + i, bytes);
         std::memcpy(&value, source + i, bytes);
-        const uint64_t next = reduce_value(reduce, type, old, value);
+        const uint64_t next = reduce_element(reduce, type, old, value);
         std::memcpy(piece.global + i, &next, bytes);
       }
     }

@@ -132,27 +132,6 @@ void run_wait(Warp& w, const Inst& inst, Mask) {
 
 // ---- decoding
 
-Element element_of(Decoder& d, Type type) {
-  switch (type) {
-    case Type::F16:
-      return Element::F16;
-    case Type::BF16:
-      return Element::BF16;
-    case Type::TF32:
-      return Element::TF32;
-    case Type::E4M3:
-      return Element::E4M3;
-    case Type::E5M2:
-      return Element::E5M2;
-    case Type::S8:
-      return Element::S8;
-    case Type::U8:
-      return Element::U8;
-    default:
-      d.refuse(std::string("matrices of .") + name_of(type) + " are not supported");
-  }
-}
-
 bool is_integer(Element e) { return e == Element::S8 || e == Element::U8; }
 
 void decode_shape(Decoder& d, WgmmaDetail& detail) {
@@ -167,11 +146,11 @@ void decode_shape(Decoder& d, WgmmaDetail& detail) {
 void decode_types(Decoder& d, WgmmaDetail& detail) {
   detail.saturate = d.take("satfinite");
   detail.result = d.take_type();
-  detail.a = element_of(d, d.take_type());
-  detail.b = element_of(d, d.take_type());
+  detail.a = matrix_element(d, d.take_type());
+  detail.b = matrix_element(d, d.take_type());
   const int bits = bits_of(detail.a);
   const bool is_int = is_integer(detail.a);
-  if (detail.k * bits != 256) d.refuse("this shape is not of these types");
+  if (bits > 32 || detail.k * bits != 256) d.refuse("this shape is not of these types");
   if (bits == 8 ? bits_of(detail.b) != 8 || is_integer(detail.b) != is_int : detail.b != detail.a)
     d.refuse("A and B of these types do not go together");
   const bool has_half = detail.a == Element::F16 || (bits == 8 && !is_int);
