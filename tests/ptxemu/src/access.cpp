@@ -47,8 +47,8 @@ Location out_of_bounds(Warp& w, const Inst& inst, int lane, bool is_write,
   return {};
 }
 
-Location locate_shared(Warp& w, const Inst& inst, int lane, uint64_t address, uint64_t bytes,
-                       bool is_write) {
+Location locate_shared(Warp& w, const Inst& inst, int lane, Space space, uint64_t address,
+                       uint64_t bytes, bool is_write) {
   Location l;
   l.space = Space::Shared;
   const uint64_t rank = address >> kClusterShift;
@@ -58,6 +58,17 @@ Location locate_shared(Warp& w, const Inst& inst, int lane, uint64_t address, ui
     return out_of_bounds(w, inst, lane, is_write,
                          "shared address " + std::to_string(address) + ", which is of no block");
   if (rank) l.block = w.block->cluster->blocks[rank - 1].get();
+  if (l.block != w.block) {
+    const auto& warps = l.block->warps;
+    if (space == Space::Shared)
+      return out_of_bounds(w, inst, lane, is_write,
+                           "shared memory of block " + std::to_string(rank - 1) +
+                               " of the cluster, which only .shared::cluster is for");
+    if (std::all_of(warps.begin(), warps.end(), [](const auto& warp) { return warp->done(); }))
+      return out_of_bounds(w, inst, lane, is_write,
+                           "shared memory of block " + std::to_string(rank - 1) +
+                               " of the cluster, which has exited");
+  }
   SharedMemory& s = *l.block->shared;
   if (l.offset + bytes > s.size())
     return out_of_bounds(w, inst, lane, is_write,
@@ -133,13 +144,14 @@ Location locate(Warp& w, const Inst& inst, int lane, Space space, uint64_t addre
   if (space == Space::Generic) {
     space = space_of(address);
     if (space != Space::Global) address %= kWindow;
+    if (space == Space::Shared) space = Space::SharedCluster;
   }
   switch (space) {
     case Space::Global:
       return locate_global(w, inst, lane, address, bytes, is_write);
     case Space::Shared:
     case Space::SharedCluster:
-      return locate_shared(w, inst, lane, address, bytes, is_write);
+      return locate_shared(w, inst, lane, space, address, bytes, is_write);
     case Space::Local:
       return locate_local(w, inst, lane, address, bytes, is_write);
     case Space::Param:

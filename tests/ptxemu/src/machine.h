@@ -106,8 +106,9 @@ struct Warp {
   uint32_t copy_groups[kLanes] = {};  // committed by each lane so far
   std::vector<std::shared_ptr<AsyncMatrix>> open_matrices;
   std::vector<std::vector<std::shared_ptr<AsyncMatrix>>> matrix_groups;
-  std::map<uint32_t, uint8_t> watched_rows;     // registers of wgmma: kInFlight, kUnfenced
-  uint64_t cluster_phase = 0;                   // of barrier.cluster at the last arrival
+  std::map<uint32_t, uint8_t> watched_rows;  // registers of wgmma: kInFlight, kUnfenced
+  uint64_t cluster_phase = 0;  // of barrier.cluster at which it arrived, plus one; 0: it has waited
+  Clocks fenced;               // what came before its last fence
   std::vector<BulkStore> bulk_stores;           // under way, oldest first
   uint32_t bulk_groups[kLanes] = {};            // committed by each lane so far
   std::map<const Inst*, uint64_t> last_strong;  // what strong accesses last saw, to notice spinning
@@ -278,6 +279,9 @@ struct Launch {
   bool all_poll_in_vain(uint64_t times_a_warp) const;
   void report_deadlock(const char* why);
 };
+
+/// Ends the phase of barrier.cluster if every warp that has not exited has arrived.
+void complete_cluster_barrier(Cluster& cluster);
 
 /// Lets the copy engine finish one of the copies that are under way, chosen at random; false if
 /// there is none.

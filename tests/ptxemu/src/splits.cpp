@@ -160,6 +160,7 @@ void Warp::exit_lanes(Mask lanes, const Inst& inst) {
   live &= ~lanes;
   active &= ~lanes;
   if (active == 0) pick();
+  if (live == 0) complete_cluster_barrier(*block->cluster);
 }
 
 // The turn begins: lanes that have been apart for long may go on in another order.

@@ -230,6 +230,9 @@ void decode_atomic(Decoder& d, bool returns) {
     case 0:
       d.inst.space = Space::Global;
       break;
+    case 3:
+      d.inst.space = Space::SharedCluster;
+      break;
     case 4:
       d.inst.space = Space::Generic;
       break;

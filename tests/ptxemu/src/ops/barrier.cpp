@@ -138,38 +138,53 @@ void decode_block_barrier(Decoder& d, bool aligned) {
   if (detail.has_count) d.inst.o[1] = d.src(d.arg(1), Type::U32);
 }
 
-// ---- clusters: every thread arrives, then waits
+// ---- clusters: every thread that has not exited arrives, then waits
+
+struct ClusterDetail : Detail {
+  bool relaxed = false;
+};
 
 void run_cluster_arrive(Warp& w, const Inst& inst, Mask lanes) {
   if (lanes != w.live)
     w.report(Kind::DivergentBarrier, inst, w.live & ~lanes,
              "lanes do not come to the barrier of the cluster");
+  if (w.cluster_phase != 0)
+    return w.report(Kind::Invalid, inst, lanes,
+                    "arrives at the barrier of the cluster again, with no wait between");
   Cluster& c = *w.block->cluster;
-  uint32_t threads = 0;
-  for (const auto& block : c.blocks) threads += static_cast<uint32_t>(block->warps.size()) * kLanes;
-  w.cluster_phase = c.barrier_phase;
-  arrive(w, c.barrier, threads, kLanes);
+  w.cluster_phase = c.barrier_phase + 1;
+  Barrier& b = c.barrier;
+  if (b.clocks.empty()) b.clocks.assign(w.seen.size(), 0);
+  b.arrived += kLanes;
   w.tick();
-  if (c.barrier.arrived < threads) return;
-  c.barrier_clocks = c.barrier.clocks;
-  ++c.barrier_phase;
-  c.barrier = Barrier();
-  for (const auto& block : c.blocks)
-    for (const auto& other : block->warps) other->release(kClusterBarrier);
+  if (!static_cast<const ClusterDetail&>(*inst.detail).relaxed) {
+    join(b.clocks, w.seen);
+  } else if (!w.fenced.empty()) {
+    join(b.clocks, w.fenced);
+  }
+  w.tick();
+  complete_cluster_barrier(c);
 }
 
-void run_cluster_wait(Warp& w, const Inst&, Mask) {
+void run_cluster_wait(Warp& w, const Inst& inst, Mask lanes) {
   Cluster& c = *w.block->cluster;
-  if (w.cluster_phase == c.barrier_phase) {
-    w.wait_again(kClusterBarrier);
-    return;
-  }
+  if (w.cluster_phase == 0)
+    return w.report(Kind::Invalid, inst, lanes,
+                    "waits for a barrier of the cluster at which it has not arrived");
+  if (w.cluster_phase > c.barrier_phase) return w.wait_again(kClusterBarrier);
+  w.cluster_phase = 0;
   join(w.seen, c.barrier_clocks);
 }
 
 void decode_cluster_barrier(Decoder& d) {
+  auto& detail = d.detail<ClusterDetail>();
   const bool waits = d.take_one({"arrive", "wait"}) == 1;
-  d.ignore({"acquire", "release", "relaxed", "aligned"});
+  if (waits) {
+    d.take("acquire");
+  } else {
+    detail.relaxed = d.take_one({"release", "relaxed"}, 0) == 1;
+  }
+  d.take("aligned");
   d.need_args(0, 0);
   d.inst.counted = Class::Barrier;
   d.inst.flow = Flow::Blocking;
@@ -179,7 +194,11 @@ void decode_cluster_barrier(Decoder& d) {
 // ---- fences. Executed in order as here, memory needs none; but what they hand over is kept
 // account of.
 
-void run_fence(Warp& w, const Inst&, Mask) { w.block->fences = true; }
+void run_fence(Warp& w, const Inst&, Mask) {
+  w.block->fences = true;
+  w.fenced = w.seen;
+  ++w.fenced[w.clock_index];  // lanes of the warp are not ordered by it, so its clock goes on
+}
 
 void run_proxy_fence(Warp& w, const Inst&, Mask) {
   w.tick();
@@ -212,6 +231,18 @@ void decode_fence(Decoder& d) {
 }
 
 }  // namespace
+
+void complete_cluster_barrier(Cluster& c) {
+  if (c.barrier.arrived == 0) return;
+  for (const auto& block : c.blocks)
+    for (const auto& warp : block->warps)
+      if (!warp->done() && warp->cluster_phase != c.barrier_phase + 1) return;
+  c.barrier_clocks = c.barrier.clocks;
+  ++c.barrier_phase;
+  c.barrier = Barrier();
+  for (const auto& block : c.blocks)
+    for (const auto& warp : block->warps) warp->release(kClusterBarrier);
+}
 
 const std::vector<Opcode> kBarrierOpcodes = {
     {"bar", [](Decoder& d) { decode_block_barrier(d, true); }},
