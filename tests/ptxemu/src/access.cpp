@@ -120,8 +120,6 @@ Location locate_global(Warp& w, const Inst& inst, int lane, uint64_t address, ui
     for (uint64_t i = 0; i < bytes; ++i)
       if (a->shadow[offset + i] & kHole)
         return out_of_bounds(w, inst, lane, is_write, w.launch->memory.describe(address + i, 1));
-  if (is_write && a->read_only)
-    return out_of_bounds(w, inst, lane, is_write, a->name + ", which is read-only");
   l.allocation = a;
   l.offset = offset;
   l.host = a->host + offset;

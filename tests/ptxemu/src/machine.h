@@ -226,7 +226,6 @@ struct Block {
   std::vector<std::unique_ptr<Warp>> warps;
   std::map<uint32_t, Barrier> barriers;
   std::map<uint64_t, MemoryBarrier> memory_barriers;  // by shared address
-  uint32_t setmaxnreg = 0;
   bool fences = false;  // it has executed a fence: its relaxed atomics may release what came before
 };
 

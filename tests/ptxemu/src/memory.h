@@ -38,8 +38,7 @@ struct Allocation {
   uint64_t base = 0, size = 0;
   std::string name;
   uint8_t* shadow = nullptr;  // one byte for each byte, null: all ordinary
-  bool read_only = false;
-  WriteTag* tags = nullptr;  // by unit, from that of `base` on; null: not written in this launch
+  WriteTag* tags = nullptr;   // by unit, from that of `base` on; null: not written in this launch
 };
 
 class Memory {
