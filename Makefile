@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
-PY := pyfuse tests benchmarks setup.py
+PY := pyfuse kernels tests benchmarks setup.py
 
 .PHONY: help demo models test test-triton-newest test-cpp test-san test-arm lint format bars bench clean
 help: ## this list

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from importlib import import_module
+from importlib import import_module, util
 from typing import NamedTuple
+from zlib import crc32
 
 import pytest
 import torch
@@ -16,32 +17,45 @@ from pyfuse.backends import BACKENDS
 
 
 class Target(NamedTuple):
-    """A backend to test; isa is for the CPU kernels only."""
+    """A backend to test: the CPU kernels in an ISA, the Triton kernels on a GPU of a compute capability."""
 
     backend: str
     isa: str | None = None
+    arch: int | None = None
 
     def __str__(self) -> str:
-        return self.backend if self.isa is None else f"{self.backend}-{self.isa}"
+        kind = self.isa or (self.arch and f"sm_{self.arch}")
+        return f"{self.backend}-{kind}" if kind else self.backend
 
 
-def _targets() -> list[Target]:
-    """Every backend that can run here but eager, the CPU kernels once for each ISA."""
-    targets = []
-    for name, reason in dispatch.backend_status().items():
-        if reason is not None or name == "eager":
-            continue
-        if name == "cpu":
-            from pyfuse.backends import cpu
-
-            targets += [Target(name, isa) for isa in cpu.available_isas()]
-        else:
-            targets.append(Target(name))
-    return targets
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu-device",
+        choices=("emulator", "cuda"),
+        default="emulator",
+        help="what runs the GPU kernels: the PTX emulator, one architecture after the other (default), or torch's GPU",
+    )
 
 
-_NONE = pytest.param(None, marks=pytest.mark.skip("no backend but eager can run here"))
+# On the emulator a test runs for each of these; its marker `emulated` may thin them out further.
+EMULATED = {80: 1, 90: 1, 89: 16, 120: 16}
 _RUNNING = [name for name, reason in dispatch.backend_status().items() if reason is None]
+
+
+def _targets(config: pytest.Config) -> list[Target]:
+    """Every backend but eager: the CPU kernels once for each ISA, the Triton kernels for each GPU."""
+    targets = []
+    if "cpu" in _RUNNING:
+        from pyfuse.backends import cpu
+
+        targets += [Target("cpu", isa) for isa in cpu.available_isas()]
+    if util.find_spec("triton") is None:
+        return targets
+    if config.getoption("--gpu-device") == "cuda":
+        from ptxemu.device import compute_capability
+
+        return [*targets, Target("triton", arch=compute_capability())]
+    return targets + [Target("triton", arch=arch) for arch in EMULATED]
 
 
 @pytest.fixture(params=_RUNNING)
@@ -51,12 +65,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture(params=_targets() or [_NONE], ids=str)
+@pytest.fixture
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Each backend but eager (and each ISA), selected for the time of the test."""
+    """Each backend but eager (and each ISA and GPU), selected for the time of the test."""
     chosen: Target = request.param
-    if chosen.isa is None:
-        yield chosen
+    if chosen.backend == "triton":
+        from emulated import standing_in
+
+        assert chosen.arch is not None
+        with standing_in(chosen.arch, request.config.getoption("--gpu-device")):
+            yield chosen
         return
     from pyfuse.backends import cpu
 
@@ -66,6 +84,27 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         yield chosen
     finally:
         cpu.select_isa(before)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the tests on an emulated GPU, one in so many, chosen by its name."""
+    if config.getoption("--gpu-device") != "emulator":
+        return
+    kept, left_out = [], []
+    for item in items:
+        chosen = getattr(item, "callspec", None) and item.callspec.params.get("target")  # type: ignore[attr-defined]
+        if isinstance(chosen, Target) and chosen.arch is not None:
+            shares = dict(EMULATED)
+            for marker in reversed(list(item.iter_markers("emulated"))):
+                shares.update({int(k.removeprefix("sm_")): n for k, n in marker.kwargs.items()})
+            share = shares[chosen.arch]
+            if share == 0 or crc32(item.nodeid.encode()) % share:
+                left_out.append(item)
+                continue
+        kept.append(item)
+    items[:] = kept
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
 
 
 def at_threads(*counts: int) -> Iterator[int]:
@@ -100,7 +139,11 @@ def fixed_seed() -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`gpu`: the emulator in each architecture that `@pytest.mark.archs` names, or the real device in its own."""
+    """`target`: see there. `gpu`: the emulator in each architecture that `@pytest.mark.archs` names, or the real device
+    in its own."""
+    if "target" in metafunc.fixturenames:
+        none = pytest.param(None, marks=pytest.mark.skip("no backend but eager can run here"))
+        metafunc.parametrize("target", _targets(metafunc.config) or [none], ids=str, indirect=True)
     if "gpu" not in metafunc.fixturenames:
         return
     from ptxemu import gpu  # here, since it builds the emulator
@@ -130,10 +173,10 @@ def backends(request: pytest.FixtureRequest) -> Iterator[Recorder | None]:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    lines = [f"pyfuse targets: {', '.join(map(str, _targets())) or 'none'} (besides eager)"]
+    lines = [f"pyfuse targets: {', '.join(map(str, _targets(config))) or 'none'} (besides eager)"]
     for name in BACKENDS:
         reason = dispatch.backend_status()[name]
-        if reason is not None:
+        if reason is not None and name != "triton":
             lines.append(f"pyfuse backend {name} is not tested: {reason}")
     return lines
 

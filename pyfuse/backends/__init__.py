@@ -11,5 +11,6 @@ from __future__ import annotations
 
 BACKENDS: dict[str, str] = {
     "cpu": "pyfuse.backends.cpu",  # C++ with SIMD: the embedded default
+    "triton": "pyfuse.backends.triton_gpu",  # the same semantics on GPUs
     "eager": "pyfuse.backends.eager",  # plain torch on any device: the oracle, and what no kernel covers
 }

@@ -1,0 +1,270 @@
+"""Attention on the Triton kernels, padded and packed: what they take, and the call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfuse.backends import triton_device
+from pyfuse.backends.triton_device import kernels
+
+MOST_KEYS = 1 << 30  # positions and their differences are 32-bit
+LARGEST_HEAD = 256
+
+
+def why_not_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **_: Any
+) -> str | None:
+    reason = triton_device.why_not("q", q)
+    if reason is not None:
+        return reason
+    for letter, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
+        if not 0 < d <= LARGEST_HEAD:
+            return f"{letter} is {d}, the kernel has 1 to {LARGEST_HEAD}"
+    rows = 2 if q.ndim == 4 else 0
+    if max(q.shape[rows], k.shape[rows]) >= MOST_KEYS:
+        return (
+            f"{max(q.shape[rows], k.shape[rows])} queries or keys, the kernel counts to {MOST_KEYS}"
+        )
+    if mask is not None and mask.dtype not in (torch.bool, *triton_device.DTYPES):
+        return f"mask is {mask.dtype}; the kernel has bool, float32, bfloat16 and float16"
+    return None
+
+
+def why_not_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **_: Any
+) -> str | None:
+    return why_not_attention(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.attention."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if options["return_lse"] else None
+    o = empty_like_q(q, v.shape[3])
+    forward_into(o, lse, q, k, v, **options)
+    return o if lse is None else (o, lse)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.varlen_attention."""
+    rows, heads, _ = q.shape
+    lse = q.new_empty((heads, rows), dtype=torch.float32) if options["return_lse"] else None
+    o = q.new_empty((rows, heads, v.shape[2]))
+    forward_into(o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+    return o if lse is None else (o, lse)
+
+
+def forward_into(
+    o: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+    norm: Tensor | None = None,
+    *,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    seqlens_k: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> None:
+    """Write o, and where one is given lse, and norm: two planes of lse's shape (kernels/flash_fwd.py)."""
+    if o.numel() == 0:
+        return
+    call = Call.of(
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        mask=mask,
+        alibi_slopes=alibi_slopes,
+        seqlens_k=seqlens_k,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+    )
+    tiles = kernels("configs").flash_fwd(call.d, call.dv, q.element_size(), call.arch, call.m)
+    args = (
+        q, k, v, o, lse, norm, 0 if norm is None else norm.stride(0), strides(q), strides(k), strides(v), strides(o),
+        lse_strides(lse),
+        call.batch, call.heads, call.group, call.m, call.n, call.scale, call.softcap, call.left, call.right,
+        sinks, alibi_slopes, seqlens_k, call.mask, call.mask_strides, cu_q, cu_k, call.dropout, call.keep_scale,
+    )  # fmt: skip
+    tma = has_tma(call.arch) and mask is None and fits_tma(k) and fits_tma(v)
+    options = call.constants | tiles.options | {"TMA": tma}
+    programs = call.programs(call.m, call.heads, tiles.block_m)
+    call.device.launch(kernels("flash_fwd").flash_fwd_kernel, (programs,), args, options)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call as the kernels of both directions take it. m and n: of all sequences together where they are packed."""
+
+    device: triton_device.Device
+    arch: triton_device.Arch
+    batch: int
+    heads: int
+    group: int
+    m: int
+    n: int
+    d: int
+    dv: int
+    scale: float
+    softcap: float | None
+    left: int | None
+    right: int | None
+    mask: Tensor | None
+    mask_strides: tuple[int, ...] | None
+    packed: bool
+    dropout: tuple[int, int, int] | None
+    keep_scale: float | None
+    constants: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        *,
+        causal: bool,
+        window: tuple[int, int] | None,
+        softcap: float | None,
+        scale: float,
+        mask: Tensor | None,
+        alibi_slopes: Tensor | None,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        **_: Any,
+    ) -> Call:
+        device = triton_device.of(q)
+        if cu_q is None:
+            batch, heads, m, d = q.shape
+            groups, n, dv = v.shape[1:]
+        else:
+            batch = cu_q.shape[0] - 1
+            m, heads, d = q.shape
+            n, groups, dv = v.shape
+        left, right = limits(causal, window, m + n)
+        if mask is not None:
+            mask = mask.expand(batch, heads, m, n)
+        plain = (
+            softcap is None and alibi_slopes is None and (mask is None or mask.dtype == torch.bool)
+        )
+        block = kernels("configs").block
+        constants = {
+            "D": d,
+            "Dv": dv,
+            "BLOCK_D": block(d),
+            "BLOCK_DV": block(dv),
+            "BLOCK_B": min(block(batch + 2), 1024) if cu_q is not None else 1,
+            "FOLD": plain and scale > 0.0,
+            "PRECISION": precision(q, device.arch),
+        }
+        return cls(
+            device, device.arch, batch, heads, heads // groups, m, n, d, dv, *score_factors(scale, softcap), left,
+            right, mask, None if mask is None else mask.stride(), cu_q is not None,
+            *dropout_arguments(dropout_p, dropout_seed), constants,
+        )  # fmt: skip
+
+    def programs(self, rows: int, heads: int, block: int) -> int:
+        """One for each block of rows of each head; the sequences of a packed batch may all end within a block."""
+        if self.packed:
+            return (rows // block + self.batch + 2) * heads
+        return -(-rows // block) * self.batch * heads
+
+
+# What the kernels are told ------------------------------------------------------------------------
+
+LOG2E = math.log2(math.e)
+
+
+def empty_like_q(q: Tensor, dv: int) -> Tensor:
+    """o in the memory order of q: a [B, M, H, D] view gives a [B, M, H, Dv] view, so nothing is copied later."""
+    batch, heads, rows, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty((batch, rows, heads, dv)).transpose(1, 2)
+    return q.new_empty((batch, heads, rows, dv))
+
+
+def strides(t: Tensor) -> tuple[int, ...]:
+    """Of batch, head and row; a packed tensor [T, H, D] has no batch."""
+    return t.stride()[:3] if t.ndim == 4 else (0, t.stride(1), t.stride(0))
+
+
+def lse_strides(t: Tensor | None) -> tuple[int, ...] | None:
+    """Of batch and head in [B, Hq, M] or [Hq, T]."""
+    if t is None:
+        return None
+    return t.stride()[:2] if t.ndim == 3 else (0, t.stride(0))
+
+
+def limits(
+    causal: bool, window: tuple[int, int] | None, most: int
+) -> tuple[int | None, int | None]:
+    """How many keys before and after its own place a query sees; None for no limit."""
+    left, right = (-1, -1) if window is None else window
+    if causal:
+        right = 0
+    return None if left < 0 else min(left, most), None if right < 0 else min(right, most)
+
+
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """What q·k is multiplied by: for units of log 2, or for tanh; and what tanh is, for those units."""
+    if softcap is None:
+        return scale * LOG2E, None
+    return scale / softcap, softcap * LOG2E
+
+
+def dropout_arguments(
+    p: float, seed: Tensor | None
+) -> tuple[tuple[int, int, int] | None, float | None]:
+    """((two words of the key, the least 24-bit number that is kept), 1 / (1 - p)), both None for no dropout."""
+    if p == 0.0:
+        return None, None
+    if seed is None:
+        raise ValueError("dropout_seed: got None, but dropout_p > 0 needs int64 (seed, offset)")
+    low, high = ((word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for word in seed.tolist())
+    return (low, high, math.ceil(p * (1 << 24))), 1.0 / (1.0 - p)
+
+
+def has_tma(arch: triton_device.Arch) -> bool:
+    """Whether the GPU has a copy engine that loads whole tiles by their descriptor (Hopper and later)."""
+    return isinstance(arch, int) and arch >= 90
+
+
+def fits_tma(t: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, as the copy engine needs."""
+    size = t.element_size()
+    return t.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in t.stride()[:-1])
+
+
+def precision(t: Tensor, arch: triton_device.Arch) -> str:
+    """How tensor cores multiply: float32 in the number of products that torch's own flag for matmuls asks for.
+
+    NVIDIA's have no float32: three bfloat16 parts of each factor hold all its 24 bits (six products), two tf32 parts 22
+    of them (three products). AMD's multiply float32 as it is.
+    """
+    if t.dtype != torch.float32 or isinstance(arch, str):
+        return "ieee"
+    return "tf32x3" if torch.backends.cuda.matmul.allow_tf32 else "bf16x6"

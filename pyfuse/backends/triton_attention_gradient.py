@@ -1,0 +1,284 @@
+"""The backward of attention on the Triton kernels, padded and packed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfuse.backends import triton_attention as forward
+from pyfuse.backends.triton_attention import LOG2E, Call, strides
+from pyfuse.backends.triton_device import kernels
+
+Saved = tuple[Tensor | None, ...]
+Grads = tuple[Tensor | None, ...]
+Result = Tensor | tuple[Tensor, Tensor]
+
+
+def why_not(needs: frozenset[str], *_tensors: Tensor, **_: Any) -> str | None:
+    return None  # whatever the forward takes
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Result, Saved]:
+    """The result, and what the backward needs beside the arguments: o, lse and for float32 norm."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _forward(forward.empty_like_q(q, v.shape[3]), lse, (q, k, v), options)
+
+
+def varlen_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+) -> tuple[Result, Saved]:
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    o = q.new_empty((*q.shape[:2], v.shape[2]))
+    return _forward(o, lse, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
+
+
+def _forward(
+    o: Tensor, lse: Tensor, tensors: tuple[Tensor, ...], options: dict[str, Any]
+) -> tuple[Result, Saved]:
+    norm = lse.new_empty((2, *lse.shape)) if o.dtype == torch.float32 else None
+    q, k, v, *bounds = tensors
+    cu_q, cu_k = bounds or (None, None)
+    forward.forward_into(o, lse, q, k, v, cu_q, cu_k, norm, **options)
+    return (o, lse) if options["return_lse"] else o, (o, lse, norm)
+
+
+def restore(results: tuple[Tensor, ...], *_: Any) -> Saved:
+    """What a forward saves, from the results of any: of lse in float32 a few bits of norm are lost."""
+    o, lse = results
+    norm = None
+    if o.dtype == torch.float32:
+        lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)
+        norm = torch.stack((lse2, torch.zeros_like(lse2)))
+    return o, lse, norm
+
+
+def attention_backward(
+    grads: Grads,
+    tensors: tuple[Tensor, ...],
+    options: dict[str, Any],
+    saved: Saved,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """The gradients of q, k, v, mask, sinks and alibi_slopes from those of o and lse."""
+    q, k, v = tensors
+    return _gradients(grads, q, k, v, None, None, options, saved, needs)
+
+
+def varlen_attention_backward(
+    grads: Grads,
+    tensors: tuple[Tensor, ...],
+    options: dict[str, Any],
+    saved: Saved,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k = tensors
+    return _gradients(grads, q, k, v, cu_seqlens_q, cu_seqlens_k, options, saved, needs)
+
+
+def _gradients(
+    grads: Grads,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    options: dict[str, Any],
+    saved: Saved,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    o, lse, norm = saved
+    assert o is not None and lse is not None
+    if o.numel() == 0 or k.numel() == 0:
+        return _without_pairs(grads, q, k, v, options, lse, needs)
+    call = Call.of(q, k, v, cu_q, cu_k, **{"seqlens_k": None, "mask": None, **options})
+    call.constants.update(FOLD=call.constants["FOLD"] or _only_scaled(options))
+    do = torch.zeros_like(o) if grads[0] is None else _unit_last(grads[0])
+    dlse = None if len(grads) == 1 else grads[1]
+    if norm is None:
+        lse2, delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
+        _row_terms(call, o, do, lse, dlse, lse2, delta)
+        run = _Backward(call, q, k, v, do, lse2, None, delta, cu_q, cu_k, options)
+    else:
+        delta = torch.empty_like(lse)
+        run = _Backward(call, q, k, v, do, norm[0], norm[1], delta, cu_q, cu_k, options)
+        run.delta(dlse)
+    result: dict[str, Tensor] = {}
+    if not needs.isdisjoint("kv"):
+        result["k"], result["v"] = run.dk_dv()
+    slopes = None
+    if "alibi_slopes" in needs:
+        slopes = torch.empty_like(delta)
+    if "q" in needs or slopes is not None:
+        result["q"] = run.dq(slopes)
+    if slopes is not None:
+        result["alibi_slopes"] = _per_head(slopes, options["alibi_slopes"])
+    if "sinks" in needs:
+        sinks = options["sinks"]
+        # d lse / d sink is the weight of the sink, which has no value: its dp is 0.
+        weight = (sinks.float()[:, None] - lse).exp_()
+        result["sinks"] = _per_head(weight.mul_(delta).neg_(), sinks)
+    if "mask" in needs:
+        result["mask"] = run.dmask(options["mask"])
+    return {name: result[name] for name in needs}
+
+
+def _only_scaled(options: dict[str, Any]) -> bool:
+    """In the backward a scale below 0 is no different, since nothing takes a maximum."""
+    mask = options.get("mask")
+    plain = options["softcap"] is None and options["alibi_slopes"] is None
+    return plain and (mask is None or mask.dtype == torch.bool)
+
+
+def _row_terms(
+    call: Call, o: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None, lse2: Tensor, delta: Tensor
+) -> None:
+    tiles = kernels("configs").ROW_TERMS
+    batch = 1 if call.packed else call.batch
+    if dlse is not None and call.packed:
+        dlse = dlse[None]
+    args = (
+        o, do, lse, dlse, lse2, delta, strides(o), strides(do), None if dlse is None else dlse.stride(),
+        call.heads, call.m, call.dv, call.constants["BLOCK_DV"], tiles.block_m,
+    )  # fmt: skip
+    programs = -(-call.m // tiles.block_m) * batch * call.heads
+    options = kernels("configs").triton_options(tiles.warps)
+    call.device.launch(kernels("flash_bwd").row_terms_kernel, (programs,), args, options)
+
+
+class _Backward:
+    """The three kernels over one call's tensors."""
+
+    def __init__(
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        lse2: Tensor,
+        rest: Tensor | None,
+        delta: Tensor,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        options: dict[str, Any],
+    ) -> None:
+        self.call = call
+        self.inputs = (q, k, v, do, lse2, rest, delta)
+        self.strides = (strides(q), strides(k), strides(v), strides(do))
+        self.rows = forward.lse_strides(lse2)
+        self.scores = (call.scale, call.softcap)
+        self.factor = options["scale"]
+        self.limits = (call.left, call.right)
+        self.extras = (
+            options["alibi_slopes"],
+            options.get("seqlens_k"),
+            call.mask,
+            call.mask_strides,
+        )
+        self.bounds = (cu_q, cu_k)
+        self.dropout = (call.dropout, call.keep_scale)
+        self.config = (call.d, call.dv, q.element_size(), call.arch)
+
+    def dk_dv(self) -> tuple[Tensor, Tensor]:
+        call, (_, k, v, *_) = self.call, self.inputs
+        dk, dv = _dense_like(k), _dense_like(v)
+        tiles = kernels("configs").flash_bwd_dkdv(*self.config)
+        args = (
+            *self.inputs, dk, dv, *self.strides, strides(dk), strides(dv), self.rows,
+            call.batch, call.heads, call.group, call.m, call.n, call.n, *self.scores, self.factor, *self.limits,
+            *self.extras, *self.bounds, *self.dropout,
+        )  # fmt: skip
+        programs = call.programs(call.n, call.heads // call.group, tiles.block_n)
+        kernel = kernels("flash_bwd").flash_bwd_dkdv_kernel
+        call.device.launch(kernel, (programs,), args, call.constants | tiles.options)
+        return dk, dv
+
+    def delta(self, dlse: Tensor | None) -> None:
+        if dlse is not None and self.call.packed:
+            dlse = dlse[None]
+        self._by_queries("delta", dlse, None, None)
+
+    def dq(self, dslopes: Tensor | None) -> Tensor:
+        dq = _dense_like(self.inputs[0])
+        self._by_queries("dq" if dslopes is None else "slopes", None, dq, dslopes)
+        return dq
+
+    def _by_queries(
+        self, gives: str, dlse: Tensor | None, dq: Tensor | None, dslopes: Tensor | None
+    ) -> None:
+        call = self.call
+        tiles = kernels("configs").flash_bwd_dq(*self.config)
+        args = (
+            *self.inputs, dlse, dq, dslopes, *self.strides, None if dlse is None else dlse.stride(),
+            None if dq is None else strides(dq), self.rows,
+            call.batch, call.heads, call.group, call.m, call.n, *self.scores, self.factor, *self.limits,
+            *self.extras, *self.bounds, *self.dropout,
+        )  # fmt: skip
+        programs = call.programs(call.m, call.heads, tiles.block_m)
+        options = call.constants | tiles.options | {"GIVES": gives}
+        call.device.launch(kernels("flash_bwd").flash_bwd_dq_kernel, (programs,), args, options)
+
+    def dmask(self, mask: Tensor) -> Tensor:
+        """Where rows or columns are shared, what each head gives is summed apart: few numbers, many programs."""
+        call = self.call
+        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+        own_rows, own_cols = shape[2] == call.m, shape[3] == call.n
+        whole = own_rows and own_cols
+        batches, heads = (call.batch // shape[0], call.heads // shape[1]) if whole else (1, 1)
+        sizes = shape if whole else (call.batch, call.heads, *shape[2:])
+        dtype = mask.dtype if whole else torch.float32
+        result = torch.empty(sizes, dtype=dtype, device=mask.device)
+        tiles = kernels("configs").flash_bwd_dmask(*self.config)
+        args = (
+            *self.inputs, result, *self.strides, self.rows, result.stride(),
+            call.heads, call.group, call.m, call.n, batches, heads, *self.scores, *self.limits,
+            *self.extras, *self.dropout,
+        )  # fmt: skip
+        blocks = (-(-call.m // tiles.block_m) if own_rows else 1) * (
+            -(-call.n // tiles.block_n) if own_cols else 1
+        )
+        constants = {
+            name: call.constants[name] for name in ("D", "Dv", "BLOCK_D", "BLOCK_DV", "PRECISION")
+        }
+        options = constants | tiles.options | {"ROWS": own_rows, "COLS": own_cols}
+        del options["STAGES"]
+        kernel = kernels("flash_bwd").flash_bwd_dmask_kernel
+        programs = blocks * (call.batch // batches) * (call.heads // heads)
+        call.device.launch(kernel, (programs,), args, options)
+        if not whole:
+            shared = [i for i in (0, 1) if shape[i] == 1 and sizes[i] > 1]
+            result = (result.sum(shared, keepdim=True) if shared else result).to(mask.dtype)
+        return result.view(mask.shape)
+
+
+def _without_pairs(
+    grads: Grads,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: dict[str, Any],
+    lse: Tensor,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """No query or no key: all gradients are 0, but for lse, which is the sink then."""
+    named = {"q": q, "k": k, "v": v, **options}
+    result = {name: torch.zeros_like(named[name]) for name in needs}
+    if "sinks" in needs and len(grads) > 1 and grads[1] is not None:
+        result["sinks"] = _per_head(grads[1].float(), options["sinks"])
+    return result
+
+
+def _per_head(rows: Tensor, parameter: Tensor) -> Tensor:
+    """[B, H, M] or [H, T] summed to [H]."""
+    return rows.sum((0, 2) if rows.ndim == 3 else 1).to(parameter.dtype)
+
+
+def _unit_last(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _dense_like(t: Tensor) -> Tensor:
+    """A tensor for the gradient of t, in t's memory order where that is dense."""
+    return _unit_last(torch.empty_like(t))

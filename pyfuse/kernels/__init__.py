@@ -1,0 +1,1 @@
+"""The Triton kernels. Their files are in the repository's folder kernels/, which installs as this package."""

@@ -1,0 +1,44 @@
+"""Triton kernels on CPU tensors: an emulated GPU takes the place of the device, every launch checked for faults."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ptxemu import Report, triton_run
+from ptxemu.gpu import Device, Emulator, Gpu
+
+from pyfuse import dispatch
+from pyfuse.backends import triton_device
+
+
+class GpuOfCpuTensors:
+    """What pyfuse.backends.triton_device can launch on: the emulator, or a GPU to which tensors are copied and back.
+
+    `reports` are those of its launches, each without findings.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.arch, self.gpu = gpu.arch, gpu
+        self.reports: list[Report] = []
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        self.reports.append(triton_run.launch(kernel, grid, *args, gpu=self.gpu, **options))
+
+
+@contextmanager
+def standing_in(arch: int, device: str = "emulator") -> Iterator[GpuOfCpuTensors]:
+    """Within this context the backend "triton" takes CPU tensors."""
+    gpu = GpuOfCpuTensors(Emulator(arch) if device == "emulator" else Device())
+    with triton_device.stand_in(gpu):
+        _forget_who_is_available()
+        yield gpu
+    _forget_who_is_available()
+
+
+def _forget_who_is_available() -> None:
+    dispatch._unavailable.cache_clear()
+    dispatch._offer.cache_clear()
