@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse kernels tests benchmarks setup.py
 
-.PHONY: help demo models test test-triton-newest test-cpp test-san test-arm lint format bars bench clean
+.PHONY: help demo models test test-triton-newest test-cpp test-san test-arm lint format bars bench bench-gpu clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -78,6 +78,9 @@ bench: $(BIN)/pyfuse ## kernels against torch, interleaved
 	$(BIN)/python -m benchmarks.bench_rope
 	$(BIN)/python -m benchmarks.bench_embed
 	$(BIN)/python -m benchmarks.bench_norm
+
+bench-gpu: $(BIN)/pyfuse ## on a GPU: the Triton kernels against torch, FlexAttention, flash-attn and Liger
+	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
 
 clean: ## remove what was built, keep the models
 	rm -rf $(VENV) build dist *.egg-info pyfuse/*.so

@@ -97,6 +97,19 @@ def query_ranges(n0, M, N, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def edges(lo, a, c, hi, BLOCK: tl.constexpr):
+    """How many blocks lie in [lo, a) and [c, hi), where not every pair is seen, and how many of them in [lo, a)."""
+    before = tl.cdiv(tl.minimum(a, hi) - lo, BLOCK)
+    return before + tl.cdiv(tl.maximum(hi - c, 0), BLOCK), before
+
+
+@triton.jit
+def edge_block(i, before, lo, c, BLOCK: tl.constexpr):
+    """Where the i-th of those blocks starts."""
+    return tl.where(i < before, lo + i * BLOCK, c + (i - before) * BLOCK)
+
+
+@triton.jit
 def in_band(m, n, shift, end, left, right):
     """Whether query m sees key n; m and n broadcast against each other."""
     seen = (n < end) & (m >= 0)
@@ -108,11 +121,13 @@ def in_band(m, n, shift, end, left, right):
 
 
 @triton.jit
-def mask_tile(start, strides, m, n, M, N):
-    """Elements (m, n) of one head's mask; beyond its edges those at the edge, which are never used."""
-    rows = tl.minimum(m, M - 1).to(tl.int64)
-    cols = tl.minimum(n, N - 1).to(tl.int64)
-    return tl.load(start + rows * strides[2] + cols * strides[3])
+def mask_tile(start, strides, m, n, M, N, EDGE: tl.constexpr):
+    """Elements (m, n) of one head's mask; beyond its edges (EDGE: of the keys, too) those at the edge, never used."""
+    row = start + tl.minimum(m, M - 1).to(tl.int64) * strides[2]
+    col = n
+    if EDGE:
+        col = tl.minimum(n, N - 1)
+    return tl.load(row + col.to(tl.int64) * strides[3])
 
 
 @triton.jit

@@ -1,9 +1,15 @@
-"""Block sizes, warps and stages of the attention kernels as plain data, with the reason beside each."""
+"""Block sizes, warps and stages of the attention kernels as plain data, with the reason beside each.
+
+How they were found: of the sizes that fill the tensor cores (16 rows to a warp at least), those that the assembler fits
+into registers without a spill, with `causal` and with `window`; of these the one with fewest instructions per
+tensor-core instruction in the interior loop, as benchmarks/triton_bars.py counts them. No GPU was at hand to time them:
+PYFUSE_AUTOTUNE=1 does that where one is, among `candidates`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 Arch = int | str
@@ -18,13 +24,11 @@ class Tiles:
     warps: int
     stages: int
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
-        return triton_options(self.warps) | {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "STAGES": self.stages,
-        }
+        """What a launch says of them; not to be changed."""
+        sizes = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages}
+        return triton_options(self.warps) | sizes
 
 
 def triton_options(warps: int) -> dict[str, Any]:
@@ -37,51 +41,118 @@ def block(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def small_shared(arch: Arch) -> bool:
-    """Consumer chips: 99 KiB of shared memory for a program, where data-centre chips have 163 and more."""
-    return arch in (86, 89, 120, 121)
+def family(arch: Arch) -> str:
+    """GPUs that share a table: by their tensor cores and by shared memory (ada and rtx: 99 KiB for a program)."""
+    if isinstance(arch, str):
+        return "cdna"  # gfx90a, gfx942: 64 KiB, waves of 64
+    if arch in (86, 89):
+        return "ada"
+    if arch >= 120:
+        return "rtx"
+    return "ampere" if arch < 90 else "hopper" if arch < 100 else "blackwell"
 
 
-@lru_cache(maxsize=256)
-def flash_fwd(d: int, dv: int, size: int, arch: Arch, queries: int) -> Tiles:
-    """d, dv: head sizes; size: bytes of an element; queries: how many there are."""
-    d = block(max(d, dv))
-    if size == 4:
-        return Tiles(64, 32 if d <= 64 else 16, 4, 1)
-    if d <= 64:
-        return Tiles(128, 64, 8, 2)
-    if d <= 128:
-        return Tiles(128, 32 if arch in (120, 121) else 64, 8, 2)
-    return Tiles(128, 32, 8, 2) if arch in (90, 100) else Tiles(64, 32, 8, 2)
+# (operation, head size, bytes of an element) -> {family: tiles}; "" is every other family, "extras" is for calls with a
+# mask, dropout, softcap or ALiBi, on every GPU: their steps need registers between the two products.
+_SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
+    # Forward. 128 queries halve the loads of K and V per product; registers hold the scores and o, so that with
+    # larger heads the keys of a tile become fewer.
+    ("fwd", 64, 2): {
+        "": Tiles(128, 64, 4, 2),
+        "rtx": Tiles(128, 64, 8, 2),
+        "hopper": Tiles(128, 128, 8, 2),  # wgmma reads K and V in shared memory: registers to spare
+        "blackwell": Tiles(128, 128, 8, 2),
+        "cdna": Tiles(128, 64, 4, 1),
+        "extras": Tiles(128, 32, 8, 2),
+    },
+    ("fwd", 128, 2): {
+        "": Tiles(128, 32, 8, 2),
+        "ampere": Tiles(128, 64, 8, 2),
+        "hopper": Tiles(128, 128, 8, 2),
+        "blackwell": Tiles(128, 128, 8, 2),
+        "cdna": Tiles(128, 64, 8, 1),
+        "extras": Tiles(64, 32, 8, 2),
+    },
+    ("fwd", 256, 2): {
+        "": Tiles(64, 32, 8, 2),
+        "ampere": Tiles(64, 64, 8, 2),
+        "hopper": Tiles(128, 64, 8, 2),
+        "blackwell": Tiles(128, 32, 8, 2),
+        "cdna": Tiles(64, 32, 4, 1),
+        "extras": Tiles(64, 16, 8, 1),
+    },
+    # dk and dv: a block of keys stays in registers, with two accumulators; queries stream by.
+    ("dkdv", 64, 2): {
+        "": Tiles(32, 128, 8, 2),
+        "hopper": Tiles(64, 128, 8, 2),
+        "blackwell": Tiles(64, 128, 8, 2),
+        "cdna": Tiles(32, 64, 4, 1),
+        "extras": Tiles(32, 64, 8, 1),
+    },
+    ("dkdv", 128, 2): {
+        "": Tiles(64, 64, 8, 2),
+        "hopper": Tiles(32, 128, 8, 2),
+        "blackwell": Tiles(32, 128, 8, 2),
+        "cdna": Tiles(32, 64, 8, 1),
+        "extras": Tiles(32, 64, 8, 2),
+    },
+    ("dkdv", 256, 2): {
+        "": Tiles(32, 32, 8, 1),
+        "cdna": Tiles(16, 32, 4, 1),
+        "extras": Tiles(16, 32, 8, 1),
+    },
+    # dq: one accumulator, and the keys stream by.
+    ("dq", 64, 2): {
+        "": Tiles(128, 32, 8, 2),
+        "ampere": Tiles(64, 64, 4, 2),
+        "hopper": Tiles(128, 64, 8, 2),
+        "blackwell": Tiles(128, 64, 8, 2),
+        "cdna": Tiles(64, 32, 4, 1),
+        "extras": Tiles(128, 32, 8, 2),
+    },
+    ("dq", 128, 2): {
+        "": Tiles(64, 64, 8, 2),
+        "hopper": Tiles(128, 64, 8, 2),
+        "cdna": Tiles(64, 32, 8, 1),
+        "extras": Tiles(64, 32, 8, 2),
+    },
+    ("dq", 256, 2): {
+        "": Tiles(64, 32, 8, 2),
+        "cdna": Tiles(32, 16, 4, 1),
+        "extras": Tiles(32, 16, 8, 1),
+    },
+    # float32 in three bfloat16 parts: three copies of each operand in registers, so small tiles; wgmma reads those of K
+    # and V in shared memory.
+    ("fwd", 64, 4): {"": Tiles(64, 16, 8, 1), "hopper": Tiles(128, 32, 8, 2)},
+    ("fwd", 128, 4): {"": Tiles(16, 16, 8, 1), "hopper": Tiles(64, 16, 4, 1)},
+    ("fwd", 256, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dkdv", 64, 4): {"": Tiles(16, 32, 8, 1), "hopper": Tiles(32, 32, 8, 1)},
+    ("dkdv", 128, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dkdv", 256, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dq", 64, 4): {"": Tiles(32, 16, 8, 1)},
+    ("dq", 128, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dq", 256, 4): {"": Tiles(16, 16, 8, 1)},
+}
+ROW_TERMS = Tiles(64, 0, 4, 1)  # bound by memory: a row to each thread and its neighbours
 
 
-ROW_TERMS = Tiles(64, 0, 4, 1)  # one row's product to a few threads: bound by memory
+@lru_cache(maxsize=1024)
+def shipped(operation: str, d: int, size: int, arch: Arch, extras: bool) -> Tiles:
+    """operation: "fwd", "dkdv", "dq"; d: the larger head size; size: bytes of an element; extras: as the table says."""
+    table = _SHIPPED[operation, block(d, 64), size]
+    kind = family(arch)
+    if extras and kind != "cdna":
+        kind = "extras"
+    return table.get(kind, table[""])
 
 
-@lru_cache(maxsize=256)
-def flash_bwd_dkdv(d: int, dv: int, size: int, arch: Arch) -> Tiles:
-    d = block(max(d, dv))
-    if size == 4:
-        return Tiles(32 if d <= 64 else 16, 32 if d <= 64 else 16, 4, 1)
-    if d <= 64:
-        return Tiles(64, 64, 4, 2)
-    if d <= 128:
-        return Tiles(32, 64, 8, 1)
-    return Tiles(32, 32, 8, 1)
-
-
-@lru_cache(maxsize=256)
-def flash_bwd_dq(d: int, dv: int, size: int, arch: Arch) -> Tiles:
-    d = block(max(d, dv))
-    if size == 4:
-        return Tiles(32 if d <= 64 else 16, 32 if d <= 64 else 16, 4, 1)
-    if d <= 64:
-        return Tiles(64, 64, 4, 2)
-    if d <= 128:
-        return Tiles(64, 32, 8, 1)
-    return Tiles(32, 32, 8, 1)
-
-
-def flash_bwd_dmask(d: int, dv: int, size: int, arch: Arch) -> Tiles:
-    """As dq, whose products it takes, but without dq's own; its loop is not pipelined."""
-    return flash_bwd_dq(d, dv, size, arch)
+def candidates(operation: str, d: int, size: int, arch: Arch, extras: bool) -> list[Tiles]:
+    """What autotuning tries: the shipped tiles first, then every other of this table's for the same size."""
+    first = shipped(operation, d, size, arch, extras)
+    others = _SHIPPED[operation, block(d, 64), size].values()
+    near = [
+        Tiles(first.block_m, first.block_n, warps, stages)
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
+    ]
+    return list(dict.fromkeys((first, *others, *near)))

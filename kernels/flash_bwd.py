@@ -4,8 +4,8 @@
     dq = scale ds k;  dk = scale dsᵀ q;  d(bias) = ds;  d(slope) = -Σ ds |i + N - M - j|
 
 with dropout: p in dv and dp are those that stayed, times 1 / (1 - p); with softcap c tanh(x / c): dx = ds (1 - tanh²).
-Every element of a gradient is summed by one program in one order: no atomics, the same bits in every run. Three
-kernels after `row_terms_kernel`: one owns keys, one owns queries, one owns elements of the mask.
+Every element of a gradient is summed by one program in one order: no atomics, the same bits in every run. After
+`row_terms_kernel` one kernel owns keys, one queries, and one elements of the mask (flash_bwd_mask.py).
 """
 
 # mypy: allow-untyped-defs
@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from pyfuse.kernels.attention_gradient import pair_gradients, uncapped
 from pyfuse.kernels.attention_tile import (
-    in_band,
+    edge_block,
+    edges,
     key_ranges,
     keys_of,
-    logits,
-    mask_tile,
     query_ranges,
     rows_of,
     segment,
-    with_mask,
 )
-from pyfuse.kernels.tiles import LOG2E, has_nan, head, keep_tile, load_tile, tile, wide
+from pyfuse.kernels.tiles import LOG2E, has_nan, head, load_tile, tile, wide
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -53,97 +52,43 @@ def row_terms_kernel(
 
 
 @triton.jit
-def pair_gradients(
-    a, x, c, y, lse2, rest, delta, m, n, queries, n0, M, N, end, left, right, scale, softcap, slope, mask, mask_strides,
-    dropout, keep_scale, b, h,
-    BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr, BY_KEY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(p as dv takes it, ds, tanh of capped scores) of a tile: s = a xᵀ, dp = c yᵀ.
-
-    m and n, lse2, rest and delta broadcast to the tile: [BM, BN], or BY_KEY [BN, BM]; p = 2^(s - lse2 - rest). A pair
-    that is not seen has p = ds = 0, whatever its key and value hold.
-    """
-    s = tl.dot(a, x.T, input_precision=PRECISION)
-    t = s
-    if FOLD:
-        s = s * scale
-    else:
-        s, t = logits(s, scale, softcap, slope, m, n, N - M)
-    GUARD: tl.constexpr = EDGE or mask is not None
-    seen = s == s
-    if EDGE:
-        seen = in_band(m, n, N - M, end, left, right)
-    elif GUARD:
-        seen = (m >= 0) & (n >= 0)
-    if mask is not None:
-        s, seen = with_mask(s, seen, mask_tile(mask, mask_strides, m, n, M, N))
-    s = s - lse2
-    if rest is not None:
-        s = s - rest
-    p = tl.exp2(s)
-    if GUARD:
-        p = tl.where(seen, p, 0.0)
-    dp = tl.dot(c, y.T, input_precision=PRECISION)
-    stays = p
-    if dropout is not None:
-        keep = keep_tile(b, h, queries, n0, dropout[0], dropout[1], dropout[2], BLOCK_N)
-        if BY_KEY:
-            keep = keep.T
-        stays = tl.where(keep, p * keep_scale, 0.0)
-        dp = tl.where(keep, dp * keep_scale, 0.0)
-    ds = p * (dp - delta)
-    if GUARD:
-        ds = tl.where(seen, ds, 0.0)
-    return stays, ds, t
-
-
-@triton.jit
-def uncapped(ds, t, softcap):
-    """The gradient of a score before its cap."""
-    if softcap is not None:
-        ds = ds * (1.0 - t * t)
-    return ds
-
-
-@triton.jit
 def fold_queries(
-    dk, dv, k, v, q, do, lse2, rest, delta, q_rows, do_rows, n, n0, lo, hi, M, N, end, left, right, scale, softcap,
-    slope, mask, mask_strides, dropout, keep_scale, b, h,
+    dk, dv, k, v, q, do, lse2, rest, delta, q_rows, do_rows, m0, n, n0, M, N, end, left, right, scale, softcap, slope,
+    mask, mask_strides, key0, key1, threshold, keep_scale, b, h,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_M: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dk and dv of a block of keys what the queries [lo, hi) of one head give."""
+    """Add to dk and dv of a block of keys what the block of queries at m0 of one head gives."""
     d = tl.arange(0, k.shape[1])
     e = tl.arange(0, v.shape[1])
-    for m0 in tl.range(lo, hi, BLOCK_M, num_stages=STAGES):
-        m = m0 + tl.arange(0, BLOCK_M)
-        queries = load_tile(tile(q, q_rows, m, d), m, M, d, D, EDGE)
-        d_out = load_tile(tile(do, do_rows, m, e), m, M, e, Dv, EDGE)
-        if EDGE:
-            row_lse2 = tl.load(lse2 + m, mask=m < M, other=float("inf"))
-            row_delta = tl.load(delta + m, mask=m < M, other=0.0)
-        else:
-            row_lse2 = tl.load(lse2 + m)
-            row_delta = tl.load(delta + m)
-        row_rest = rest
-        if rest is not None:
-            row_rest = tl.load(rest + m, mask=m < M, other=0.0)[None, :]
-        p, ds, t = pair_gradients(
-            k, queries, v, d_out, row_lse2[None, :], row_rest, row_delta[None, :], m[None, :], n[:, None], m, n0, M,
-            N, end, left, right, scale, softcap, slope, mask, mask_strides, dropout, keep_scale, b, h,
-            k.shape[0], EDGE, FOLD, True, PRECISION,
-        )  # fmt: skip
-        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-        ds = uncapped(ds, t, softcap)
-        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
+    m = m0 + tl.arange(0, BLOCK_M)
+    queries = load_tile(tile(q, q_rows, m, d), m, M, d, D, EDGE)
+    d_out = load_tile(tile(do, do_rows, m, e), m, M, e, Dv, EDGE)
+    if EDGE:
+        row_lse2 = tl.load(lse2 + m, mask=m < M, other=float("inf"))
+        row_delta = tl.load(delta + m, mask=m < M, other=0.0)
+    else:
+        row_lse2 = tl.load(lse2 + m)
+        row_delta = tl.load(delta + m)
+    row_rest = rest
+    if rest is not None:
+        row_rest = tl.load(rest + m, mask=m < M, other=0.0)[None, :]
+    p, stays, ds, t = pair_gradients(
+        k, queries, v, d_out, row_lse2[None, :], row_rest, row_delta[None, :], m[None, :], n[:, None], m, n0, M, N,
+        end, left, right, scale, softcap, slope, mask, mask_strides, key0, key1, threshold, keep_scale, b, h,
+        k.shape[0], EDGE, FOLD, True, PRECISION,
+    )  # fmt: skip
+    dv = tl.dot(stays.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+    ds = uncapped(ds, t, softcap)
+    dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["M", "N", "left", "right", "B", "T", "dropout"])
+@triton.jit(do_not_specialize=["M", "N", "left", "right", "B", "T", "key0", "key1", "threshold"])
 def flash_bwd_dkdv_kernel(
     q, k, v, do, lse2, rest, delta, dk, dv, q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides,
     row_strides, B, Hq, G, M, N, T, scale, softcap, factor, left, right, slopes, lengths, mask, mask_strides, cu_q,
-    cu_k, dropout, keep_scale,
+    cu_k, key0, key1, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -196,6 +141,7 @@ def flash_bwd_dkdv_kernel(
         a = lo
         c = lo
         hi = tl.where(n0 < end, hi, lo)
+    count, before = edges(lo, a, c, hi, BLOCK_M)
     for h in range(hk * G, hk * G + G):
         q_start = head(q, q_strides, batch, h)
         do_start = head(do, do_strides, batch, h)
@@ -209,22 +155,19 @@ def flash_bwd_dkdv_kernel(
         mask_start = mask
         if mask is not None:
             mask_start = head(mask, mask_strides, b, h)
-        if right is not None:
+        for m0 in tl.range(a, c, BLOCK_M, num_stages=STAGES):
             sum_k, sum_v = fold_queries(
                 sum_k, sum_v, keys, values, q_start, do_start, lse2 + rows, row_rest, delta + rows, q_strides[2],
-                do_strides[2], n, n0, lo, tl.minimum(a, hi), M, N, end, left, right, scale, softcap, slope,
-                mask_start, mask_strides, dropout, keep_scale, b, h, D, Dv, BLOCK_M, True, FOLD, PRECISION, 1,
+                do_strides[2], m0, n, n0, M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides,
+                key0, key1, threshold, keep_scale, b, h, D, Dv, BLOCK_M, False, FOLD, PRECISION,
             )  # fmt: skip
-        sum_k, sum_v = fold_queries(
-            sum_k, sum_v, keys, values, q_start, do_start, lse2 + rows, row_rest, delta + rows, q_strides[2],
-            do_strides[2], n, n0, a, c, M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides,
-            dropout, keep_scale, b, h, D, Dv, BLOCK_M, False, FOLD, PRECISION, STAGES,
-        )  # fmt: skip
-        sum_k, sum_v = fold_queries(
-            sum_k, sum_v, keys, values, q_start, do_start, lse2 + rows, row_rest, delta + rows, q_strides[2],
-            do_strides[2], n, n0, c, hi, M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides,
-            dropout, keep_scale, b, h, D, Dv, BLOCK_M, True, FOLD, PRECISION, 1,
-        )  # fmt: skip
+        for i in tl.range(0, count, num_stages=1):
+            sum_k, sum_v = fold_queries(
+                sum_k, sum_v, keys, values, q_start, do_start, lse2 + rows, row_rest, delta + rows, q_strides[2],
+                do_strides[2], edge_block(i, before, lo, c, BLOCK_M), n, n0, M, N, end, left, right, scale, softcap,
+                slope, mask_start, mask_strides, key0, key1, threshold, keep_scale, b, h, D, Dv, BLOCK_M, True, FOLD,
+                PRECISION,
+            )  # fmt: skip
     dk_tile = tile(head(dk, dk_strides, batch, hk), dk_strides[2], n, d)
     dv_tile = tile(head(dv, dv_strides, batch, hk), dv_strides[2], n, e)
     inside = n[:, None] < N
@@ -234,50 +177,53 @@ def flash_bwd_dkdv_kernel(
 
 @triton.jit
 def fold_keys(
-    dq, row_sum, q, do, lse2, rest, delta, k, v, k_rows, v_rows, m, lo, hi, M, N, end, left, right, scale, softcap,
-    slope, mask, mask_strides, dropout, keep_scale, b, h,
+    dq, row_sum, weights, q, do, lse2, rest, delta, k, v, k_rows, v_rows, m, n0, M, N, end, left, right, scale,
+    softcap, slope, mask, mask_strides, key0, key1, threshold, keep_scale, b, h,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr,
-    GIVES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GIVES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dq (and row_sum) of a block of queries what the keys [lo, hi) give; GIVES as in the kernel."""
+    """Add to dq, row_sum and weights (Σ p) of a block of queries what the block of keys at n0 gives; GIVES as in the
+    kernel."""
     d = tl.arange(0, q.shape[1])
     e = tl.arange(0, do.shape[1])
-    for n0 in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        n = n0 + tl.arange(0, BLOCK_N)
-        k_tile = tile(k, k_rows, n, d)
-        keys = load_tile(k_tile, n, end, d, D, EDGE)
-        values = load_tile(tile(v, v_rows, n, e), n, end, e, Dv, EDGE)
-        stays, ds, t = pair_gradients(
-            q, keys, do, values, lse2[:, None], rest, delta[:, None], m[:, None], n[None, :], m, n0, M, N, end,
-            left, right, scale, softcap, slope, mask, mask_strides, dropout, keep_scale, b, h,
-            BLOCK_N, EDGE, FOLD, False, PRECISION,
-        )  # fmt: skip
-        if GIVES == "delta":
-            row_sum += tl.sum(ds, 1)
-        elif GIVES == "slopes":
-            row_sum -= tl.sum(ds * tl.abs(m[:, None] + (N - M) - n[None, :]).to(tl.float32), 1)
-        if GIVES != "delta":
-            ds = uncapped(ds, t, softcap)
-            if EDGE or mask is not None:
-                # A ds of 0 does not stop a NaN; a query that sees it has it in ds already.
-                there = ~has_nan(keys)[:, None] & (n[:, None] < end) & (d[None, :] < D)
-                keys = tl.load(k_tile, mask=there, other=0.0)
-            dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
-    return dq, row_sum
+    n = n0 + tl.arange(0, BLOCK_N)
+    k_tile = tile(k, k_rows, n, d)
+    keys = load_tile(k_tile, n, end, d, D, EDGE)
+    values = load_tile(tile(v, v_rows, n, e), n, end, e, Dv, EDGE)
+    p, stays, ds, t = pair_gradients(
+        q, keys, do, values, lse2[:, None], rest, delta[:, None], m[:, None], n[None, :], m, n0, M, N, end,
+        left, right, scale, softcap, slope, mask, mask_strides, key0, key1, threshold, keep_scale, b, h,
+        BLOCK_N, EDGE, FOLD, False, PRECISION,
+    )  # fmt: skip
+    if GIVES == "terms":
+        row_sum += tl.sum(ds, 1)
+        weights += tl.sum(p, 1)
+    elif GIVES == "slopes":
+        row_sum -= tl.sum(ds * tl.abs(m[:, None] + (N - M) - n[None, :]).to(tl.float32), 1)
+    if GIVES != "terms":
+        ds = uncapped(ds, t, softcap)
+        if EDGE or mask is not None:
+            # A ds of 0 does not stop a NaN; a query that sees it has it in ds already.
+            there = ~has_nan(keys)[:, None] & (n[:, None] < end) & (d[None, :] < D)
+            keys = tl.load(k_tile, mask=there, other=0.0)
+        dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
+    return dq, row_sum, weights
 
 
-@triton.jit(do_not_specialize=["M", "N", "left", "right", "B", "dropout"])
+@triton.jit(do_not_specialize=["M", "N", "left", "right", "B", "key0", "key1", "threshold"])
 def flash_bwd_dq_kernel(
-    q, k, v, do, lse2, rest, delta, dlse, dq, dslopes, q_strides, k_strides, v_strides, do_strides,
+    q, k, v, do, lse, lse2, rest, delta, dlse, sinks, dq, dslopes, q_strides, k_strides, v_strides, do_strides,
     dlse_strides, dq_strides, row_strides,
-    B, Hq, G, M, N, scale, softcap, factor, left, right, slopes, lengths, mask, mask_strides, cu_q, cu_k, dropout,
-    keep_scale,
+    B, Hq, G, M, N, scale, softcap, factor, left, right, slopes, lengths, mask, mask_strides, cu_q, cu_k, key0, key1,
+    threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, FOLD: tl.constexpr, GIVES: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """GIVES "dq": that of BLOCK_M queries of one head; "slopes": and their share of its slope's gradient, dslopes
-    [B, Hq, M]; "delta": only delta, as Σ p dp - dlse. That is where dp and delta nearly cancel closer than Σ o do."""
+    [B, Hq, M]; "terms": only lse2, rest and delta, for float32, in which rounding lse alone would cost several bits
+    of p: rest is what log2 Σ 2^(s - lse2) is in this arithmetic, and delta Σ p dp - dlse, which cancels with dp better
+    than Σ o do."""
     pid = tl.program_id(0)
     if cu_q is not None:
         h = wide(pid % Hq)
@@ -289,7 +235,8 @@ def flash_bwd_dq_kernel(
         b = wide(found - 1)
         q += q_row * q_strides[2]
         do += q_row * do_strides[2]
-        if GIVES == "delta":
+        if GIVES == "terms":
+            lse += q_row
             if dlse is not None:
                 dlse += q_row * dlse_strides[2]
         else:
@@ -328,126 +275,52 @@ def flash_bwd_dq_kernel(
     queries = load_tile(tile(head(q, q_strides, batch, h), q_strides[2], m, d), m, M, d, D, True)
     d_out = load_tile(tile(head(do, do_strides, batch, h), do_strides[2], m, e), m, M, e, Dv, True)
     rows = batch * row_strides[0] + h * row_strides[1] + m
-    row_lse2 = tl.load(lse2 + rows, mask=m < M, other=float("inf"))
-    row_delta = tl.zeros([BLOCK_M], tl.float32)
-    if GIVES != "delta":
-        row_delta = tl.load(delta + rows, mask=m < M, other=0.0)
     row_rest = rest
-    if rest is not None:
-        row_rest = tl.load(rest + rows, mask=m < M, other=0.0)[:, None]
+    if GIVES == "terms":
+        natural = tl.load(lse + rows, mask=m < M, other=float("-inf"))
+        row_lse2 = tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
+        row_delta = tl.zeros([BLOCK_M], tl.float32)
+        row_rest = tl.zeros([BLOCK_M, 1], tl.float32)
+    else:
+        row_lse2 = tl.load(lse2 + rows, mask=m < M, other=float("inf"))
+        row_delta = tl.load(delta + rows, mask=m < M, other=0.0)
+        if rest is not None:
+            row_rest = tl.load(rest + rows, mask=m < M, other=0.0)[:, None]
     k_start = head(k, k_strides, batch, hk)
     v_start = head(v, v_strides, batch, hk)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
+    weights = tl.zeros([BLOCK_M], tl.float32)
     lo, a, c, hi = key_ranges(m0, M, N, end, left, right, BLOCK_M, BLOCK_N)
-    if left is not None:
-        total, row_sum = fold_keys(
-            total, row_sum, queries, d_out, row_lse2, row_rest, row_delta, k_start, v_start, k_strides[2], v_strides[2],
-            m, lo, tl.minimum(a, hi), M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides,
-            dropout, keep_scale, b, h, D, Dv, BLOCK_N, True, FOLD, GIVES, PRECISION, 1,
+    for n0 in tl.range(a, c, BLOCK_N, num_stages=STAGES):
+        total, row_sum, weights = fold_keys(
+            total, row_sum, weights, queries, d_out, row_lse2, row_rest, row_delta, k_start, v_start, k_strides[2],
+            v_strides[2], m, n0, M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides,
+            key0, key1, threshold, keep_scale, b, h, D, Dv, BLOCK_N, False, FOLD, GIVES, PRECISION,
         )  # fmt: skip
-    total, row_sum = fold_keys(
-        total, row_sum, queries, d_out, row_lse2, row_rest, row_delta, k_start, v_start, k_strides[2], v_strides[2], m,
-        a, c, M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides,
-        dropout, keep_scale, b, h, D, Dv, BLOCK_N, False, FOLD, GIVES, PRECISION, STAGES,
-    )  # fmt: skip
-    total, row_sum = fold_keys(
-        total, row_sum, queries, d_out, row_lse2, row_rest, row_delta, k_start, v_start, k_strides[2], v_strides[2], m,
-        c, hi, M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides,
-        dropout, keep_scale, b, h, D, Dv, BLOCK_N, True, FOLD, GIVES, PRECISION, 1,
-    )  # fmt: skip
-    if GIVES == "delta":
+    count, before = edges(lo, a, c, hi, BLOCK_N)
+    for i in tl.range(0, count, num_stages=1):
+        total, row_sum, weights = fold_keys(
+            total, row_sum, weights, queries, d_out, row_lse2, row_rest, row_delta, k_start, v_start, k_strides[2],
+            v_strides[2], m, edge_block(i, before, lo, c, BLOCK_N), M, N, end, left, right, scale, softcap, slope,
+            mask_start, mask_strides, key0, key1, threshold, keep_scale, b, h, D, Dv, BLOCK_N, True, FOLD, GIVES,
+            PRECISION,
+        )  # fmt: skip
+    if GIVES == "terms":
+        if sinks is not None:
+            weights += tl.exp2(tl.load(sinks + h).to(tl.float32) * LOG2E - row_lse2)
+        blind = row_lse2 == float("inf")
+        weights = tl.where(blind, 1.0, weights)
+        row_delta = row_sum / weights
         if dlse is not None:
             row = dlse + batch * dlse_strides[0] + h * dlse_strides[1] + m * wide(dlse_strides[2])
-            blind = row_lse2 == float("inf")
-            row_sum -= tl.where(blind, 0.0, tl.load(row, mask=m < M, other=0.0).to(tl.float32))
-        tl.store(delta + rows, row_sum, mask=m < M)
+            row_delta -= tl.load(row, mask=m < M, other=0.0).to(tl.float32)
+        tl.store(lse2 + rows, row_lse2, mask=m < M)
+        tl.store(rest + rows, tl.log2(weights), mask=m < M)
+        tl.store(delta + rows, tl.where(blind, 0.0, row_delta), mask=m < M)
     else:
         dq_tile = tile(head(dq, dq_strides, batch, h), dq_strides[2], m, d)
         inside = (m[:, None] < M) & (d[None, :] < D)
         tl.store(dq_tile, (total * factor).to(dq.dtype.element_ty), mask=inside)
         if GIVES == "slopes":
             tl.store(dslopes + rows, row_sum, mask=m < M)
-
-
-@triton.jit(do_not_specialize=["M", "N", "left", "right", "batches", "heads", "dropout"])
-def flash_bwd_dmask_kernel(
-    q, k, v, do, lse2, rest, delta, dmask, q_strides, k_strides, v_strides, do_strides, row_strides, dmask_strides,
-    Hq, G, M, N, batches, heads, scale, softcap, left, right, slopes, lengths, mask, mask_strides, dropout, keep_scale,
-    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dmask of one tile of an additive mask: the sum of ds over `batches` sequences and `heads` heads that share it.
-
-    ROWS, COLS: dmask has rows and columns of its own; without, they are summed, and a program owns all of them."""
-    row_blocks = tl.cdiv(M, BLOCK_M)
-    col_blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    first_row = 0
-    last_row = row_blocks
-    if ROWS:
-        first_row = pid % row_blocks
-        last_row = first_row + 1
-        pid = pid // row_blocks
-    first_col = 0
-    last_col = col_blocks
-    if COLS:
-        first_col = pid % col_blocks
-        last_col = first_col + 1
-        pid = pid // col_blocks
-    mask_heads = Hq // heads
-    mask_h = wide(pid % mask_heads)
-    mask_b = wide(pid // mask_heads)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_DV)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for b in range(mask_b * batches, mask_b * batches + batches):
-        end = N
-        if lengths is not None:
-            end = tl.minimum(tl.maximum(tl.load(lengths + b), 0), N).to(tl.int32)
-        for h in range(mask_h * heads, mask_h * heads + heads):
-            slope = slopes
-            if slopes is not None:
-                slope = tl.load(slopes + h).to(tl.float32) * LOG2E
-            k_start = head(k, k_strides, b, h // G)
-            v_start = head(v, v_strides, b, h // G)
-            for row in range(first_row, last_row):
-                m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-                queries = load_tile(
-                    tile(head(q, q_strides, b, h), q_strides[2], m, d), m, M, d, D, True
-                )
-                d_out = load_tile(
-                    tile(head(do, do_strides, b, h), do_strides[2], m, e), m, M, e, Dv, True
-                )
-                rows = b * row_strides[0] + h * row_strides[1] + m
-                row_lse2 = tl.load(lse2 + rows, mask=m < M, other=float("inf"))
-                row_delta = tl.load(delta + rows, mask=m < M, other=0.0)
-                row_rest = rest
-                if rest is not None:
-                    row_rest = tl.load(rest + rows, mask=m < M, other=0.0)[:, None]
-                lo, a, c, hi = key_ranges(row * BLOCK_M, M, N, end, left, right, BLOCK_M, BLOCK_N)
-                from_col = tl.maximum(first_col, lo // BLOCK_N)
-                to_col = tl.minimum(last_col, tl.cdiv(hi, BLOCK_N))
-                for col in range(from_col, to_col):
-                    n = col * BLOCK_N + tl.arange(0, BLOCK_N)
-                    keys = load_tile(tile(k_start, k_strides[2], n, d), n, end, d, D, True)
-                    values = load_tile(tile(v_start, v_strides[2], n, e), n, end, e, Dv, True)
-                    stays, ds, t = pair_gradients(
-                        queries, keys, d_out, values, row_lse2[:, None], row_rest, row_delta[:, None], m[:, None],
-                        n[None, :], m, col * BLOCK_N, M, N, end, left, right, scale, softcap, slope,
-                        head(mask, mask_strides, b, h), mask_strides, dropout, keep_scale, b, h,
-                        BLOCK_N, True, False, False, PRECISION,
-                    )  # fmt: skip
-                    total += ds
-    m = first_row * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = first_col * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = head(dmask, dmask_strides, mask_b, mask_h)
-    if ROWS and COLS:
-        place = start + m.to(tl.int64)[:, None] * dmask_strides[2] + n[None, :]
-        tl.store(place, total.to(dmask.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
-    elif ROWS:
-        tl.store(start + m, tl.sum(total, 1).to(dmask.dtype.element_ty), mask=m < M)
-    elif COLS:
-        tl.store(start + n, tl.sum(total, 0).to(dmask.dtype.element_ty), mask=n < N)
-    else:
-        tl.store(start, tl.sum(tl.sum(total, 1), 0).to(dmask.dtype.element_ty))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from pyfuse.kernels.attention_tile import (
+    edge_block,
+    edges,
     in_band,
     key_ranges,
     keys_of,
@@ -37,57 +39,46 @@ def softmax_step(s, m_i, l_i, scale, GUARD: tl.constexpr):
 
 @triton.jit
 def fold_keys(
-    acc, m_i, l_i, q, k, v, k_rows, v_rows, k_map, v_map, m, lo, hi, M, N, end, left, right, scale, softcap, slope,
-    mask, mask_strides, dropout, b, h,
-    D: tl.constexpr, Dv: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    acc, m_i, l_i, q, k, v, n0, m, M, N, end, left, right, scale, softcap, slope, mask, mask_strides, key0, key1,
+    threshold, b, h, D: tl.constexpr, Dv: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, FOLD: tl.constexpr,
+    MAPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys [lo, hi) into the running sums of one block of queries. k and v: the first element of their head;
-    k_map, v_map: with TMA its descriptor. EDGE: some query does not see some key, or the tile is cut. FOLD: the scale
-    is applied in exp2."""
+    """Fold the tile of keys at n0 into the running sums of one block of queries.
+
+    k and v: pointers to the tile, or MAPS: descriptors of the head. EDGE: some query does not see some key, or the tile
+    is cut. FOLD: the scale is applied in exp2."""
     BLOCK_M: tl.constexpr = q.shape[0]
-    BLOCK_DV: tl.constexpr = acc.shape[1]
     GUARD: tl.constexpr = EDGE or mask is not None
-    MAPS: tl.constexpr = TMA and not GUARD
-    tile_n = tl.arange(0, BLOCK_N)
-    if not MAPS:
-        k_tile = tile(k, k_rows, lo + tile_n, tl.arange(0, q.shape[1]))
-        v_tile = tile(v, v_rows, lo + tile_n, tl.arange(0, BLOCK_DV))
-    for n0 in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
-        n = n0 + tile_n
-        if MAPS:
-            keys = k_map.load([n0, 0])
-        else:
-            keys = load_tile(k_tile, n, end, tl.arange(0, q.shape[1]), D, EDGE)
-        s = tl.dot(q, keys.T, input_precision=PRECISION)
-        if not FOLD:
-            s, _ = logits(s, scale, softcap, slope, m[:, None], n[None, :], N - M)
-        if MAPS:
-            values = v_map.load([n0, 0])
-        elif GUARD:
-            # A weight of 0 does not stop a NaN: values that are not finite reach only the rows that see them.
-            spoilt = has_nan(load_tile(v_tile, n, end, tl.arange(0, BLOCK_DV), Dv, EDGE))
-            there = ~spoilt[:, None] & (n[:, None] < end) & (tl.arange(0, BLOCK_DV)[None, :] < Dv)
-            values = tl.load(v_tile, mask=there, other=0.0)
-        else:
-            values = load_tile(v_tile, n, end, tl.arange(0, BLOCK_DV), Dv, EDGE)
-        if GUARD:
-            seen = tl.full([BLOCK_M, BLOCK_N], True, tl.int1)
-            if EDGE:
-                seen = in_band(m[:, None], n[None, :], N - M, end, left, right)
-            if mask is not None:
-                extra = mask_tile(mask, mask_strides, m[:, None], n[None, :], M, N)
-                s, seen = with_mask(s, seen, extra)
-            s = tl.where(seen, tl.where(spoilt[None, :], float("nan"), s), float("-inf"))
-        p, m_i, l_i, shrink = softmax_step(s, m_i, l_i, scale if FOLD else 1.0, GUARD)
-        if dropout is not None:
-            p = tl.where(
-                keep_tile(b, h, m, n0, dropout[0], dropout[1], dropout[2], BLOCK_N), p, 0.0
-            )
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
-        if not MAPS:
-            k_tile += BLOCK_N * wide(k_rows)
-            v_tile += BLOCK_N * wide(v_rows)
+    n = n0 + tl.arange(0, BLOCK_N)
+    e = tl.arange(0, acc.shape[1])
+    if MAPS:
+        keys = k.load([n0, 0])
+    else:
+        keys = load_tile(k, n, end, tl.arange(0, q.shape[1]), D, EDGE)
+    s = tl.dot(q, keys.T, input_precision=PRECISION)
+    if not FOLD:
+        s, _ = logits(s, scale, softcap, slope, m[:, None], n[None, :], N - M)
+    if MAPS:
+        values = v.load([n0, 0])
+    elif GUARD:
+        # A weight of 0 does not stop a NaN: values that are not finite reach only the rows that see them.
+        spoilt = has_nan(load_tile(v, n, end, e, Dv, EDGE))
+        there = ~spoilt[:, None] & (n[:, None] < end) & (e[None, :] < Dv)
+        values = tl.load(v, mask=there, other=0.0)
+    else:
+        values = load_tile(v, n, end, e, Dv, EDGE)
+    if GUARD:
+        seen = tl.full([BLOCK_M, BLOCK_N], True, tl.int1)
+        if EDGE:
+            seen = in_band(m[:, None], n[None, :], N - M, end, left, right)
+        if mask is not None:
+            extra = mask_tile(mask, mask_strides, m[:, None], n[None, :], M, N, EDGE)
+            s, seen = with_mask(s, seen, extra)
+        s = tl.where(seen, tl.where(spoilt[None, :], float("nan"), s), float("-inf"))
+    p, m_i, l_i, shrink = softmax_step(s, m_i, l_i, scale if FOLD else 1.0, GUARD)
+    if key0 is not None:
+        p = tl.where(keep_tile(b, h, m, n0, key0, key1, threshold, BLOCK_N), p, 0.0)
+    acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
     return acc, m_i, l_i
 
 
@@ -97,17 +88,15 @@ def descriptor(start, row_stride, rows, D: tl.constexpr, ROWS: tl.constexpr, COL
     return tl.make_tensor_descriptor(start, [rows, D], [wide(row_stride), 1], [ROWS, COLS])
 
 
-@triton.jit(do_not_specialize=["M", "N", "left", "right", "B", "dropout"])
+@triton.jit(do_not_specialize=["M", "N", "left", "right", "B", "key0", "key1", "threshold"])
 def flash_fwd_kernel(
-    q, k, v, o, lse, norm, norm_plane, q_strides, k_strides, v_strides, o_strides, lse_strides, B, Hq, G, M, N, scale,
-    softcap, left, right, sinks, slopes, lengths, mask, mask_strides, cu_q, cu_k, dropout, keep_scale,
+    q, k, v, o, lse, q_strides, k_strides, v_strides, o_strides, lse_strides, B, Hq, G, M, N, scale,
+    softcap, left, right, sinks, slopes, lengths, mask, mask_strides, cu_q, cu_k, key0, key1, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, FOLD: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """What is None is absent. q [B, Hq, M, D], or with cu_q [Hq, M, D] for all sequences together; lse natural.
-    norm: for the backward, two planes of lse's shape, the maximum and the logarithm of the sum: both to base 2, so that
-    nothing is lost as in their sum; a row that sees nothing has the maximum inf there, which makes its weights 0."""
+    """What is None is absent. q [B, Hq, M, D], or with cu_q [Hq, M, D] for all sequences together; lse natural."""
     pid = tl.program_id(0)
     if cu_q is not None:
         hq = wide(pid % Hq)
@@ -123,8 +112,6 @@ def flash_fwd_kernel(
         o += q_row * o_strides[2]
         if lse is not None:
             lse += q_row
-        if norm is not None:
-            norm += q_row
         M = query_count
         N = key_count
         batch = wide(0)
@@ -155,45 +142,46 @@ def flash_fwd_kernel(
     q_start = head(q, q_strides, batch, hq)
     k_start = head(k, k_strides, batch, hk)
     v_start = head(v, v_strides, batch, hk)
-    k_map = k_start
-    v_map = v_start
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_DV)
+    n = tl.arange(0, BLOCK_N)
+    queries = load_tile(tile(q_start, q_strides[2], m, d), m, M, d, D, True)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    lo, a, c, hi = key_ranges(m0, M, N, end, left, right, BLOCK_M, BLOCK_N)
     if TMA:
         rows = tl.maximum(end, 1)  # a descriptor of nothing is none, even if it is never used
         k_map = descriptor(k_start, k_strides[2], rows, D, BLOCK_N, BLOCK_D)
         v_map = descriptor(v_start, v_strides[2], rows, Dv, BLOCK_N, BLOCK_DV)
-    d = tl.arange(0, BLOCK_D)
-    queries = load_tile(tile(q_start, q_strides[2], m, d), m, M, d, D, True)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    lo, a, c, hi = key_ranges(m0, M, N, end, left, right, BLOCK_M, BLOCK_N)
-    if left is not None:
+        for n0 in tl.range(a, c, BLOCK_N, num_stages=STAGES):
+            acc, m_i, l_i = fold_keys(
+                acc, m_i, l_i, queries, k_map, v_map, n0, m, M, N, end, left, right, scale, softcap, slope,
+                mask_start, mask_strides, key0, key1, threshold, b, hq, D, Dv, BLOCK_N, False, FOLD, True, PRECISION,
+            )  # fmt: skip
+    else:
+        k_tile = tile(k_start, k_strides[2], a + n, d)
+        v_tile = tile(v_start, v_strides[2], a + n, e)
+        for n0 in tl.range(a, c, BLOCK_N, num_stages=STAGES):
+            acc, m_i, l_i = fold_keys(
+                acc, m_i, l_i, queries, k_tile, v_tile, n0, m, M, N, end, left, right, scale, softcap, slope,
+                mask_start, mask_strides, key0, key1, threshold, b, hq, D, Dv, BLOCK_N, False, FOLD, False, PRECISION,
+            )  # fmt: skip
+            k_tile += BLOCK_N * wide(k_strides[2])
+            v_tile += BLOCK_N * wide(v_strides[2])
+    count, before = edges(lo, a, c, hi, BLOCK_N)
+    for i in tl.range(0, count, num_stages=1):
+        n0 = edge_block(i, before, lo, c, BLOCK_N)
+        k_tile = tile(k_start, k_strides[2], n0 + n, d)
+        v_tile = tile(v_start, v_strides[2], n0 + n, e)
         acc, m_i, l_i = fold_keys(
-            acc, m_i, l_i, queries, k_start, v_start, k_strides[2], v_strides[2], k_map, v_map, m, lo,
-            tl.minimum(a, hi), M, N, end, left, right, scale, softcap, slope, mask_start, mask_strides, dropout, b, hq,
-            D, Dv, BLOCK_N, True, FOLD, TMA, PRECISION, 1,
+            acc, m_i, l_i, queries, k_tile, v_tile, n0, m, M, N, end, left, right, scale, softcap, slope,
+            mask_start, mask_strides, key0, key1, threshold, b, hq, D, Dv, BLOCK_N, True, FOLD, False, PRECISION,
         )  # fmt: skip
-    acc, m_i, l_i = fold_keys(
-        acc, m_i, l_i, queries, k_start, v_start, k_strides[2], v_strides[2], k_map, v_map, m, a, c, M, N, end,
-        left, right, scale, softcap, slope, mask_start, mask_strides, dropout, b, hq,
-        D, Dv, BLOCK_N, False, FOLD, TMA, PRECISION, STAGES,
-    )  # fmt: skip
-    acc, m_i, l_i = fold_keys(
-        acc, m_i, l_i, queries, k_start, v_start, k_strides[2], v_strides[2], k_map, v_map, m, c, hi, M, N, end,
-        left, right, scale, softcap, slope, mask_start, mask_strides, dropout, b, hq,
-        D, Dv, BLOCK_N, True, FOLD, TMA, PRECISION, 1,
-    )  # fmt: skip
     total = tl.where(l_i == 0.0, 1.0, l_i)
-    if dropout is not None:
+    if key0 is not None:
         total /= keep_scale
     out = (acc / total[:, None]).to(o.dtype.element_ty)
-    dv = tl.arange(0, BLOCK_DV)
-    o_tile = tile(head(o, o_strides, batch, hq), o_strides[2], m, dv)
-    tl.store(o_tile, out, mask=(m[:, None] < M) & (dv[None, :] < Dv))
-    if lse is not None or norm is not None:
-        row = batch * lse_strides[0] + hq * lse_strides[1] + m
-        log_l = tl.log2(l_i)
-        if lse is not None:
-            tl.store(lse + row, (m_i + log_l) * LN2, mask=m < M)
-        if norm is not None:
-            blind = m_i == float("-inf")
-            tl.store(norm + row, tl.where(blind, float("inf"), m_i), mask=m < M)
-            tl.store(norm + norm_plane + row, tl.where(blind, 0.0, log_l), mask=m < M)
+    o_tile = tile(head(o, o_strides, batch, hq), o_strides[2], m, e)
+    tl.store(o_tile, out, mask=(m[:, None] < M) & (e[None, :] < Dv))
+    if lse is not None:
+        row = lse + batch * lse_strides[0] + hq * lse_strides[1] + m
+        tl.store(row, (m_i + tl.log2(l_i)) * LN2, mask=m < M)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,13 +20,24 @@ class GpuOfCpuTensors:
     """
 
     def __init__(self, gpu: Gpu) -> None:
-        self.arch, self.gpu = gpu.arch, gpu
+        self.arch, self.gpu, self.name = gpu.arch, gpu, f"tests on {gpu}"
         self.reports: list[Report] = []
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         self.reports.append(triton_run.launch(kernel, grid, *args, gpu=self.gpu, **options))
+
+    def time(self, launch: Callable[[Any], None], tiles: Any) -> float | None:
+        """Executed instructions; as on a GPU, None where the kernel asks for more shared memory than there is."""
+        before = len(self.reports)
+        try:
+            launch(tiles)
+        except ValueError as error:
+            if "shared memory" in str(error):
+                return None
+            raise
+        return float(sum(report.instructions for report in self.reports[before:]))
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyfuse.backends import triton_device
+from pyfuse.backends import triton_device, triton_tune
 from pyfuse.backends.triton_device import kernels
 
 MOST_KEYS = 1 << 30  # positions and their differences are 32-bit
@@ -68,7 +69,6 @@ def forward_into(
     v: Tensor,
     cu_q: Tensor | None = None,
     cu_k: Tensor | None = None,
-    norm: Tensor | None = None,
     *,
     causal: bool,
     window: tuple[int, int] | None,
@@ -82,7 +82,7 @@ def forward_into(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
 ) -> None:
-    """Write o, and where one is given lse, and norm: two planes of lse's shape (kernels/flash_fwd.py)."""
+    """Write o, and lse where one is given."""
     if o.numel() == 0:
         return
     call = Call.of(
@@ -101,17 +101,21 @@ def forward_into(
         dropout_p=dropout_p,
         dropout_seed=dropout_seed,
     )
-    tiles = kernels("configs").flash_fwd(call.d, call.dv, q.element_size(), call.arch, call.m)
     args = (
-        q, k, v, o, lse, norm, 0 if norm is None else norm.stride(0), strides(q), strides(k), strides(v), strides(o),
-        lse_strides(lse),
+        q, k, v, o, lse, strides(q), strides(k), strides(v), strides(o), lse_strides(lse),
         call.batch, call.heads, call.group, call.m, call.n, call.scale, call.softcap, call.left, call.right,
-        sinks, alibi_slopes, seqlens_k, call.mask, call.mask_strides, cu_q, cu_k, call.dropout, call.keep_scale,
+        sinks, alibi_slopes, seqlens_k, call.mask, call.mask_strides, cu_q, cu_k, *call.dropout,
     )  # fmt: skip
     tma = has_tma(call.arch) and mask is None and fits_tma(k) and fits_tma(v)
-    options = call.constants | tiles.options | {"TMA": tma}
-    programs = call.programs(call.m, call.heads, tiles.block_m)
-    call.device.launch(kernels("flash_fwd").flash_fwd_kernel, (programs,), args, options)
+    kernel = kernels("flash_fwd").flash_fwd_kernel
+    call.launch(
+        "fwd",
+        kernel,
+        args,
+        q,
+        lambda tiles: call.programs(call.m, call.heads, tiles.block_m),
+        TMA=tma,
+    )
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,8 @@ class Call:
     mask: Tensor | None
     mask_strides: tuple[int, ...] | None
     packed: bool
-    dropout: tuple[int, int, int] | None
-    keep_scale: float | None
+    dropout: triton_device.DropoutWords
+    extras: bool  # a mask, dropout, softcap or ALiBi: steps between the two products
     constants: dict[str, Any]
 
     @classmethod
@@ -184,8 +188,33 @@ class Call:
         return cls(
             device, device.arch, batch, heads, heads // groups, m, n, d, dv, *score_factors(scale, softcap), left,
             right, mask, None if mask is None else mask.stride(), cu_q is not None,
-            *dropout_arguments(dropout_p, dropout_seed), constants,
+            triton_device.dropout_words(dropout_p, dropout_seed),
+            not plain or mask is not None or dropout_p > 0.0, constants,
         )  # fmt: skip
+
+    def launch(
+        self,
+        operation: str,
+        kernel: Any,
+        args: tuple[Any, ...],
+        q: Tensor,
+        programs: Callable[[Any], int],
+        **constants: Any,
+    ) -> None:
+        """Start the kernel with the tiles of this operation: those shipped, or the fastest ones."""
+        configs, d, size = kernels("configs"), max(self.d, self.dv), q.element_size()
+
+        def start(tiles: Any) -> None:
+            options = self.constants | tiles.options | constants
+            self.device.launch(kernel, (programs(tiles),), args, options)
+
+        if not triton_tune.enabled:
+            start(configs.shipped(operation, d, size, self.arch, self.extras))
+            return
+        kind = (str(q.dtype), *self.constants.items(), *constants.items(), self.left is None, self.right is None,
+                block_of(self.m), block_of(self.n), block_of(self.batch * self.heads))  # fmt: skip
+        choices = configs.candidates(operation, d, size, self.arch, self.extras)
+        start(triton_tune.choose(self.device, kernel, kind, choices, start))
 
     def programs(self, rows: int, heads: int, block: int) -> int:
         """One for each block of rows of each head; the sequences of a packed batch may all end within a block."""
@@ -239,13 +268,13 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float | N
 def dropout_arguments(
     p: float, seed: Tensor | None
 ) -> tuple[tuple[int, int, int] | None, float | None]:
-    """((two words of the key, the least 24-bit number that is kept), 1 / (1 - p)), both None for no dropout."""
-    if p == 0.0:
-        return None, None
-    if seed is None:
-        raise ValueError("dropout_seed: got None, but dropout_p > 0 needs int64 (seed, offset)")
-    low, high = ((word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for word in seed.tolist())
-    return (low, high, math.ceil(p * (1 << 24))), 1.0 / (1.0 - p)
+    low, high, threshold, scale = triton_device.dropout_words(p, seed)
+    return None if low is None else (low, high, threshold), scale
+
+
+def block_of(size: int) -> int:
+    """Sizes of one power of 2 are tuned alike."""
+    return size.bit_length()
 
 
 def has_tma(arch: triton_device.Arch) -> bool:

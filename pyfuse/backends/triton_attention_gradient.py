@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import triton_attention as forward
-from pyfuse.backends.triton_attention import LOG2E, Call, strides
+from pyfuse.backends.triton_attention import Call, strides
 from pyfuse.backends.triton_device import kernels
 
 Saved = tuple[Tensor | None, ...]
@@ -21,9 +21,11 @@ def why_not(needs: frozenset[str], *_tensors: Tensor, **_: Any) -> str | None:
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Result, Saved]:
-    """The result, and what the backward needs beside the arguments: o, lse and for float32 norm."""
+    """The result, and what the backward needs beside the arguments: o and lse."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return _forward(forward.empty_like_q(q, v.shape[3]), lse, (q, k, v), options)
+    o = forward.empty_like_q(q, v.shape[3])
+    forward.forward_into(o, lse, q, k, v, **options)
+    return (o, lse) if options["return_lse"] else o, (o, lse)
 
 
 def varlen_attention_forward(
@@ -31,27 +33,14 @@ def varlen_attention_forward(
 ) -> tuple[Result, Saved]:
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     o = q.new_empty((*q.shape[:2], v.shape[2]))
-    return _forward(o, lse, (q, k, v, cu_seqlens_q, cu_seqlens_k), options)
-
-
-def _forward(
-    o: Tensor, lse: Tensor, tensors: tuple[Tensor, ...], options: dict[str, Any]
-) -> tuple[Result, Saved]:
-    norm = lse.new_empty((2, *lse.shape)) if o.dtype == torch.float32 else None
-    q, k, v, *bounds = tensors
-    cu_q, cu_k = bounds or (None, None)
-    forward.forward_into(o, lse, q, k, v, cu_q, cu_k, norm, **options)
-    return (o, lse) if options["return_lse"] else o, (o, lse, norm)
+    forward.forward_into(o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
+    return (o, lse) if options["return_lse"] else o, (o, lse)
 
 
 def restore(results: tuple[Tensor, ...], *_: Any) -> Saved:
-    """What a forward saves, from the results of any: of lse in float32 a few bits of norm are lost."""
+    """What a forward saves, from the results of any."""
     o, lse = results
-    norm = None
-    if o.dtype == torch.float32:
-        lse2 = torch.where(lse == -torch.inf, torch.inf, lse * LOG2E)
-        norm = torch.stack((lse2, torch.zeros_like(lse2)))
-    return o, lse, norm
+    return o, lse
 
 
 def attention_backward(
@@ -88,7 +77,7 @@ def _gradients(
     saved: Saved,
     needs: frozenset[str],
 ) -> dict[str, Tensor]:
-    o, lse, norm = saved
+    o, lse = saved
     assert o is not None and lse is not None
     if o.numel() == 0 or k.numel() == 0:
         return _without_pairs(grads, q, k, v, options, lse, needs)
@@ -96,14 +85,14 @@ def _gradients(
     call.constants.update(FOLD=call.constants["FOLD"] or _only_scaled(options))
     do = torch.zeros_like(o) if grads[0] is None else _unit_last(grads[0])
     dlse = None if len(grads) == 1 else grads[1]
-    if norm is None:
-        lse2, delta = torch.empty((2, *lse.shape), dtype=torch.float32, device=lse.device)
-        _row_terms(call, o, do, lse, dlse, lse2, delta)
-        run = _Backward(call, q, k, v, do, lse2, None, delta, cu_q, cu_k, options)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    if q.dtype == torch.float32:
+        rest = torch.empty_like(lse)
+        run = _Backward(call, q, k, v, do, lse2, rest, delta, cu_q, cu_k, options)
+        run.terms(lse, dlse)
     else:
-        delta = torch.empty_like(lse)
-        run = _Backward(call, q, k, v, do, norm[0], norm[1], delta, cu_q, cu_k, options)
-        run.delta(dlse)
+        run = _Backward(call, q, k, v, do, lse2, None, delta, cu_q, cu_k, options)
+        _row_terms(call, o, do, lse, dlse, lse2, delta)
     result: dict[str, Tensor] = {}
     if not needs.isdisjoint("kv"):
         result["k"], result["v"] = run.dk_dv()
@@ -178,47 +167,54 @@ class _Backward:
             call.mask_strides,
         )
         self.bounds = (cu_q, cu_k)
-        self.dropout = (call.dropout, call.keep_scale)
-        self.config = (call.d, call.dv, q.element_size(), call.arch)
+        self.sinks = options["sinks"]
+        self.dropout = call.dropout
+        self.size = q.element_size()
 
     def dk_dv(self) -> tuple[Tensor, Tensor]:
         call, (_, k, v, *_) = self.call, self.inputs
         dk, dv = _dense_like(k), _dense_like(v)
-        tiles = kernels("configs").flash_bwd_dkdv(*self.config)
         args = (
             *self.inputs, dk, dv, *self.strides, strides(dk), strides(dv), self.rows,
             call.batch, call.heads, call.group, call.m, call.n, call.n, *self.scores, self.factor, *self.limits,
             *self.extras, *self.bounds, *self.dropout,
         )  # fmt: skip
-        programs = call.programs(call.n, call.heads // call.group, tiles.block_n)
         kernel = kernels("flash_bwd").flash_bwd_dkdv_kernel
-        call.device.launch(kernel, (programs,), args, call.constants | tiles.options)
+        heads = call.heads // call.group
+        call.launch(
+            "dkdv", kernel, args, k, lambda tiles: call.programs(call.n, heads, tiles.block_n)
+        )
         return dk, dv
 
-    def delta(self, dlse: Tensor | None) -> None:
+    def terms(self, lse: Tensor, dlse: Tensor | None) -> None:
         if dlse is not None and self.call.packed:
             dlse = dlse[None]
-        self._by_queries("delta", dlse, None, None)
+        self._by_queries("terms", lse, dlse, None, None)
 
     def dq(self, dslopes: Tensor | None) -> Tensor:
         dq = _dense_like(self.inputs[0])
-        self._by_queries("dq" if dslopes is None else "slopes", None, dq, dslopes)
+        self._by_queries("dq" if dslopes is None else "slopes", None, None, dq, dslopes)
         return dq
 
     def _by_queries(
-        self, gives: str, dlse: Tensor | None, dq: Tensor | None, dslopes: Tensor | None
+        self,
+        gives: str,
+        lse: Tensor | None,
+        dlse: Tensor | None,
+        dq: Tensor | None,
+        dslopes: Tensor | None,
     ) -> None:
         call = self.call
-        tiles = kernels("configs").flash_bwd_dq(*self.config)
         args = (
-            *self.inputs, dlse, dq, dslopes, *self.strides, None if dlse is None else dlse.stride(),
-            None if dq is None else strides(dq), self.rows,
+            *self.inputs[:4], lse, *self.inputs[4:], dlse, self.sinks, dq, dslopes, *self.strides,
+            None if dlse is None else dlse.stride(), None if dq is None else strides(dq), self.rows,
             call.batch, call.heads, call.group, call.m, call.n, *self.scores, self.factor, *self.limits,
             *self.extras, *self.bounds, *self.dropout,
         )  # fmt: skip
-        programs = call.programs(call.m, call.heads, tiles.block_m)
-        options = call.constants | tiles.options | {"GIVES": gives}
-        call.device.launch(kernels("flash_bwd").flash_bwd_dq_kernel, (programs,), args, options)
+        kernel, q = kernels("flash_bwd").flash_bwd_dq_kernel, self.inputs[0]
+        call.launch(
+            "dq", kernel, args, q, lambda tiles: call.programs(call.m, call.heads, tiles.block_m), GIVES=gives
+        )  # fmt: skip
 
     def dmask(self, mask: Tensor) -> Tensor:
         """Where rows or columns are shared, what each head gives is summed apart: few numbers, many programs."""
@@ -230,7 +226,7 @@ class _Backward:
         sizes = shape if whole else (call.batch, call.heads, *shape[2:])
         dtype = mask.dtype if whole else torch.float32
         result = torch.empty(sizes, dtype=dtype, device=mask.device)
-        tiles = kernels("configs").flash_bwd_dmask(*self.config)
+        tiles = kernels("configs").shipped("dq", max(call.d, call.dv), self.size, call.arch, True)
         args = (
             *self.inputs, result, *self.strides, self.rows, result.stride(),
             call.heads, call.group, call.m, call.n, batches, heads, *self.scores, *self.limits,
@@ -244,7 +240,7 @@ class _Backward:
         }
         options = constants | tiles.options | {"ROWS": own_rows, "COLS": own_cols}
         del options["STAGES"]
-        kernel = kernels("flash_bwd").flash_bwd_dmask_kernel
+        kernel = kernels("flash_bwd_mask").flash_bwd_dmask_kernel
         programs = blocks * (call.batch // batches) * (call.heads // heads)
         call.device.launch(kernel, (programs,), args, options)
         if not whole:

@@ -7,7 +7,10 @@ its constexpr arguments and Triton's own (num_warps, num_stages, ...). Kernels a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -25,10 +28,16 @@ class Device(Protocol):
     @property
     def arch(self) -> Arch: ...
 
+    @property
+    def name(self) -> str: ...
+
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         """Start the kernel; every size of grid is at least 1."""
+
+    def time(self, launch: Callable[[Any], None], tiles: Any) -> float | None:
+        """What launch(tiles) costs, to compare with others; None if there is no room for these tiles."""
 
 
 class Gpu:
@@ -37,10 +46,13 @@ class Gpu:
     def __init__(self, index: int) -> None:
         self.index = index
         properties = torch.cuda.get_device_properties(index)
+        self.name: str = properties.name
         if torch.version.hip:
             self.arch: Arch = properties.gcnArchName.partition(":")[0]
         else:
             self.arch = 10 * properties.major + properties.minor
+        self.multiprocessors: int = properties.multi_processor_count
+        _prepare_triton()
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
@@ -51,9 +63,56 @@ class Gpu:
         with torch.cuda.device(self.index):
             kernel[grid](*args, **options)
 
+    def time(self, launch: Callable[[Any], None], tiles: Any) -> float | None:
+        """Milliseconds, the median of several runs."""
+        from triton.runtime.errors import OutOfResources
+        from triton.testing import do_bench
+
+        with torch.cuda.device(self.index):
+            try:
+                return float(do_bench(lambda: launch(tiles), return_mode="median"))
+            except OutOfResources:
+                return None
+
+
+@cache
+def _prepare_triton() -> None:
+    """Once for each process: memory for tensor descriptors, and word of what is compiled."""
+    import triton
+
+    from pyfuse.backends.triton_compiling import announce
+
+    triton.set_allocator(_scratch)
+    announce()
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory that generated code works in, from torch's allocator: it is kept while the stream may use it, and belongs
+    to the pool of a CUDA graph that is being captured. torch aligns to 512 bytes."""
+    assert alignment <= 512, alignment
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+class Interpreter:
+    """Triton's interpreter in Python, on CPU tensors: for editing kernels (TRITON_INTERPRET=1), slow, and wrong for
+    bfloat16, which it is not given."""
+
+    arch = "interpreter"
+    name = "Triton's interpreter"
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        constants = {n: x for n, x in options.items() if n != "enable_fp_fusion"}
+        kernel[grid](*args, **constants)
+
+    def time(self, launch: Callable[[Any], None], tiles: Any) -> float | None:
+        raise RuntimeError("PYFUSE_AUTOTUNE: Triton's interpreter has no times worth comparing")
+
 
 _gpu = cache(Gpu)
-_stand_in: Device | None = None
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+_stand_in: Device | None = Interpreter() if _interpreted else None
 
 
 @contextmanager
@@ -89,6 +148,8 @@ def why_not(name: str, t: Tensor) -> str | None:
         return f"{name} is on {t.device}, Triton's kernels run on a GPU"
     if t.dtype not in DTYPES:
         return f"{name} is {t.dtype}; the kernels have float32, bfloat16 and float16"
+    if _interpreted and t.dtype == torch.bfloat16:
+        return f"{name} is {t.dtype}, which Triton's interpreter computes wrongly"
     return None
 
 
@@ -96,3 +157,18 @@ def why_not(name: str, t: Tensor) -> str | None:
 def kernels(name: str) -> ModuleType:
     """pyfuse.kernels.<name>, imported when first needed: with it comes Triton."""
     return importlib.import_module(f"pyfuse.kernels.{name}")
+
+
+DropoutWords = tuple[int, int, int, float] | tuple[None, None, None, None]
+
+
+def dropout_words(p: float, seed: Tensor | None) -> DropoutWords:
+    """Two signed words of the key, the least 24-bit number that is kept, and 1 / (1 - p); None for no dropout.
+
+    They go apart into a kernel's arguments: of a tuple's elements Triton compiles those that are 1 as constants."""
+    if p == 0.0:
+        return None, None, None, None
+    if seed is None:
+        raise ValueError("dropout_seed: got None, but dropout_p > 0 needs int64 (seed, offset)")
+    low, high = ((word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for word in seed.tolist())
+    return low, high, math.ceil(p * (1 << 24)), 1.0 / (1.0 - p)

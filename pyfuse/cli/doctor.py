@@ -19,6 +19,7 @@ from pyfuse.cli import machine, show
 from pyfuse.models import zoo
 
 KNOWN_VARIABLES = {
+    "PYFUSE_AUTOTUNE": "1: measure the block sizes of Triton kernels",
     "PYFUSE_BACKEND": "the only backend that may run",
     "PYFUSE_CACHE": "the cache folder",
     "PYFUSE_ISA": "the instruction set that the cpu backend uses",

@@ -29,6 +29,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
+from pyfuse.folders import cache_folder
 from pyfuse.models import _steps
 from pyfuse.models._steps import FetchError, Report
 
@@ -96,14 +97,6 @@ def find(name: str) -> Model:
     close = get_close_matches(name, MODELS, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise ValueError(f"name: unknown model {name!r}{hint}; known: {', '.join(MODELS)}")
-
-
-def cache_folder() -> Path:
-    """The folder that pyfuse may keep files in; it need not exist."""
-    if chosen := os.environ.get("PYFUSE_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "pyfuse"
 
 
 def _models_folder(cache: Path | None) -> Path:

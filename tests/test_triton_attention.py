@@ -1,0 +1,124 @@
+"""The attention kernels as compiled code: they fit every GPU without a spill, and have the shape of fast code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from emulated import standing_in
+from launches import attention_launches
+from ptxemu import sass
+
+import pyfuse
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.triton
+
+NVIDIA = (80, 86, 89, 90, 100, 120)
+AMD = ("gfx90a", "gfx942")
+BF16 = torch.bfloat16
+KERNELS = ("flash_fwd_kernel", "row_terms_kernel", "flash_bwd_dkdv_kernel", "flash_bwd_dq_kernel")
+# Which instruction multiplies matrices.
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+
+
+def cubin(arch: int, kernel: str, **call: Any) -> sass.Sass:
+    compiled = attention_launches(arch, **call)[kernel].compiled(arch)
+    (code,) = sass.read_cubin(compiled.cubin).values()
+    return code
+
+
+def assert_in_registers(code: sass.Sass) -> None:
+    spills = (
+        f"{code.name}: stack {code.stack} B, {code.spill_stores} stores, {code.spill_loads} loads"
+    )
+    assert code.stack == code.spill_stores == code.spill_loads == 0, spills
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("arch", NVIDIA)
+def test_half_precision_stays_in_registers(arch: int, d: int, kernel: str) -> None:
+    code = cubin(arch, kernel, d=d, dtype=BF16, causal=True)
+    assert_in_registers(code)
+    if kernel != "row_terms_kernel":
+        assert code.body.count(TENSOR_CORES[arch]) > 0
+
+
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "row_terms_kernel"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_float32_stays_in_registers(arch: int, d: int, kernel: str) -> None:
+    assert_in_registers(cubin(arch, kernel, d=d, dtype=torch.float32, causal=True))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "window": {"causal": True, "window": (100, 0)},
+    "softcap": {"causal": True, "softcap": 30.0},
+    "alibi": {"causal": True, "alibi_slopes": torch.ones(8)},
+    "dropout": {"causal": True, "dropout_p": 0.1, "dropout_seed": torch.tensor([1, 2])},
+    "sinks": {"window": (127, 0), "sinks": torch.ones(8)},
+    "bool-mask": {"mask": torch.ones(2048, 2048, dtype=torch.bool)},
+    "bias": {"mask": torch.ones(1, 8, 2048, 2048)},
+}
+
+
+@pytest.mark.parametrize(
+    "kernel", [*(k for k in KERNELS if k != "row_terms_kernel"), "flash_bwd_dmask_kernel"]
+)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_options_stay_in_registers(d: int, options: str, kernel: str) -> None:
+    if kernel == "flash_bwd_dmask_kernel" and options != "bias":
+        pytest.skip("no gradient of a mask there")
+    assert_in_registers(cubin(80, kernel, d=d, dtype=BF16, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("arch", AMD)
+def test_amd_stays_in_registers(arch: str, d: int, kernel: str) -> None:
+    launch = attention_launches(arch, d, BF16, causal=True)[kernel]
+    (code,) = sass.parse_gcn(launch.compiled(arch).amdgcn).values()
+    assert code.vgpr_spills == 0 and code.stack == 0
+    assert kernel == "row_terms_kernel" or code.body.count("v_mfma") > 0
+
+
+# Instructions in the interior loop for each that multiplies matrices: all, and what must not creep in.
+LOOPS: dict[tuple[str, int], float] = {
+    ("flash_fwd_kernel", 64): 5.0,
+    ("flash_fwd_kernel", 128): 3.8,
+    ("flash_bwd_dkdv_kernel", 64): 3.7,
+    ("flash_bwd_dkdv_kernel", 128): 3.4,
+    ("flash_bwd_dq_kernel", 64): 3.7,
+    ("flash_bwd_dq_kernel", 128): 3.5,
+}
+
+
+@pytest.mark.parametrize("kernel, d", LOOPS)
+def test_interior_loop_has_no_more_instructions_than(kernel: str, d: int) -> None:
+    loop = cubin(80, kernel, d=d, dtype=BF16, causal=True).main_loop
+    assert 1.0 < loop.per_mma() <= LOOPS[kernel, d]
+    assert loop.count("FSEL", "SEL") == 0, "the interior masks nothing"
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("arch", [90, 100, 120])
+def test_the_copy_engine_loads_keys_and_values(arch: int, d: int) -> None:
+    loop = cubin(arch, "flash_fwd_kernel", d=d, dtype=BF16, causal=True).main_loop
+    assert loop.count("UTMALDG") == 2 and loop.count("LDGSTS", "LDG") == 0
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_shared_memory_has_no_conflicts(arch: int, d: int) -> None:
+    q, k, v = (
+        torch.randn(1, 192, 1, d, dtype=BF16).transpose(1, 2).requires_grad_() for _ in "qkv"
+    )
+    with standing_in(arch) as gpu:
+        pyfuse.attention(q, k, v, causal=True, backend="triton").sum().backward()
+    for report in gpu.reports:
+        counted = report.counters
+        assert counted["shared_wavefronts"] <= 1.05 * counted["shared_wavefronts_ideal"]
+        assert counted["sectors"] <= 1.05 * counted["sectors_ideal"]
