@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse kernels tests benchmarks setup.py
 
-.PHONY: help demo models test test-triton-newest test-cpp test-san test-arm lint format bars bench bench-gpu clean
+.PHONY: help demo models test test-gpu test-triton-newest test-cpp test-san test-arm lint format bars bench bench-gpu clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -25,6 +25,9 @@ demo: $(BIN)/pyfuse ## two real models, stock and accelerated, side by side
 
 test: $(BIN)/pyfuse ## every test; those of the real models run once `make models` has fetched them
 	$(BIN)/python -m pytest -q
+
+test-gpu: $(BIN)/pyfuse ## every backend test on emulated GPUs, of which make test runs a sample
+	$(BIN)/python -m pytest -q -n auto --emulated=only $(ARGS)
 
 TRITON_NEWEST ?= 3.9.0
 test-triton-newest: $(BIN)/pyfuse ## the tests that compile Triton kernels, with the newest Triton

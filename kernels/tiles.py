@@ -76,12 +76,12 @@ def tanh(x):
 def philox(b, h, m, n4, key0, key1):
     """The four random words of Philox4x32-10 at counter (b, h, m, n4), as pyfuse/philox.py has them."""
     zero = (m + n4) * 0
-    c0 = (zero + b.to(tl.int32)).to(tl.uint32, bitcast=True)
-    c1 = (zero + h.to(tl.int32)).to(tl.uint32, bitcast=True)
+    c0 = (zero + b).to(tl.int32).to(tl.uint32, bitcast=True)
+    c1 = (zero + h).to(tl.int32).to(tl.uint32, bitcast=True)
     c2 = (zero + m).to(tl.uint32, bitcast=True)
     c3 = (zero + n4).to(tl.uint32, bitcast=True)
-    k0 = key0.to(tl.uint32, bitcast=True)
-    k1 = key1.to(tl.uint32, bitcast=True)
+    k0 = (zero + key0).to(tl.uint32, bitcast=True)
+    k1 = (zero + key1).to(tl.uint32, bitcast=True)
     return tl.philox_impl(c0, c1, c2, c3, k0, k1, 10)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from importlib import import_module, util
@@ -17,7 +18,8 @@ from pyfuse.backends import BACKENDS
 
 
 class Target(NamedTuple):
-    """A backend to test: the CPU kernels in an ISA, the Triton kernels on a GPU of a compute capability."""
+    """A backend to test: the CPU kernels in an ISA; the Triton kernels on a GPU of a compute capability, or in Triton's
+    interpreter."""
 
     backend: str
     isa: str | None = None
@@ -30,6 +32,13 @@ class Target(NamedTuple):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--emulated",
+        choices=("sample", "all", "only"),
+        default="sample",
+        help="tests of backends on emulated GPUs: a sample beside everything else (default), all of them, or all of "
+        "them and nothing else (make test-gpu)",
+    )
+    parser.addoption(
         "--gpu-device",
         choices=("emulator", "cuda"),
         default="emulator",
@@ -37,9 +46,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# On the emulator a test runs for each of these; its marker `emulated` may thin them out further.
+# On the emulator one test in so many runs for each of these; its marker `emulated` may say otherwise. Of all these a
+# sample is one in SAMPLE: each of them compiles several kernels, which takes seconds.
 EMULATED = {80: 1, 90: 1, 89: 16, 120: 16}
+SAMPLE = 12
 _RUNNING = [name for name, reason in dispatch.backend_status().items() if reason is None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "emulated(sm_80=1, ...): of its tests on an emulated GPU of that kind one in so many runs, 0 for none",
+    )
 
 
 def _targets(config: pytest.Config) -> list[Target]:
@@ -51,6 +69,8 @@ def _targets(config: pytest.Config) -> list[Target]:
         targets += [Target("cpu", isa) for isa in cpu.available_isas()]
     if util.find_spec("triton") is None:
         return targets
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return [*targets, Target("triton", "interpreter")]
     if config.getoption("--gpu-device") == "cuda":
         from ptxemu.device import compute_capability
 
@@ -69,6 +89,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Each backend but eager (and each ISA and GPU), selected for the time of the test."""
     chosen: Target = request.param
+    if chosen.isa == "interpreter":
+        yield chosen  # the backend itself takes CPU tensors then
+        return
     if chosen.backend == "triton":
         from emulated import standing_in
 
@@ -90,21 +113,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of the tests on an emulated GPU, one in so many, chosen by its name."""
     if config.getoption("--gpu-device") != "emulator":
         return
+    wanted = config.getoption("--emulated")
     kept, left_out = [], []
     for item in items:
-        chosen = getattr(item, "callspec", None) and item.callspec.params.get("target")  # type: ignore[attr-defined]
-        if isinstance(chosen, Target) and chosen.arch is not None:
-            shares = dict(EMULATED)
-            for marker in reversed(list(item.iter_markers("emulated"))):
-                shares.update({int(k.removeprefix("sm_")): n for k, n in marker.kwargs.items()})
-            share = shares[chosen.arch]
-            if share == 0 or crc32(item.nodeid.encode()) % share:
-                left_out.append(item)
-                continue
-        kept.append(item)
+        arch = _arch_of(item)
+        if arch is None:
+            (left_out if wanted == "only" else kept).append(item)
+            continue
+        shares = dict(EMULATED)
+        for marker in reversed(list(item.iter_markers("emulated"))):
+            shares.update({int(k.removeprefix("sm_")): n for k, n in marker.kwargs.items()})
+        share = shares[arch] * (SAMPLE if wanted == "sample" else 1)
+        lucky = share > 0 and crc32(item.nodeid.encode()) % share == 0
+        (kept if lucky else left_out).append(item)
     items[:] = kept
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+
+
+def _arch_of(item: pytest.Item) -> int | None:
+    """The emulated GPU that a test runs on; None for all other tests."""
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return None
+    target = item.callspec.params.get("target")
+    return target.arch if isinstance(target, Target) else None
 
 
 def at_threads(*counts: int) -> Iterator[int]:
@@ -141,7 +173,13 @@ def fixed_seed() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`target`: see there. `gpu`: the emulator in each architecture that `@pytest.mark.archs` names, or the real device
     in its own."""
-    if "target" in metafunc.fixturenames:
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    names = [
+        name.strip()
+        for names in own
+        for name in (names.split(",") if isinstance(names, str) else names)
+    ]
+    if "target" in metafunc.fixturenames and "target" not in names:
         none = pytest.param(None, marks=pytest.mark.skip("no backend but eager can run here"))
         metafunc.parametrize("target", _targets(metafunc.config) or [none], ids=str, indirect=True)
     if "gpu" not in metafunc.fixturenames:

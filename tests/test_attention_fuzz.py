@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numerics
+import pytest
 import torch
 from cases import Case, Inputs, build
 from conftest import Target
@@ -44,6 +45,9 @@ CASES = st.builds(
     scale=st.sampled_from([None, 0.0, -0.3, 1.0]),
 )
 PACKED = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), max_size=6)
+
+# Hundreds of calls that each compile several kernels: not for an emulated GPU, but for a real one.
+pytestmark = pytest.mark.emulated(sm_80=0, sm_90=0, sm_89=0, sm_120=0)
 
 
 def seeded(count: int) -> settings:

@@ -16,6 +16,9 @@ from pyfuse import linear
 from pyfuse.backends.cpu_linear import ACTIVATION, PackedWeight, RowsWeight
 from pyfuse.linear import ROWS, Choice, PackedLinear, calibrate, plan
 
+# Only the CPU has these.
+pytestmark = pytest.mark.emulated(sm_80=0, sm_90=0, sm_89=0, sm_120=0)
+
 WAYS = ("torch", "rows", "packed")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [(1, 1), (3, 63), (65, 111), (197, 33), (64, 576)]  # N, K
