@@ -8,7 +8,7 @@ PYFUSE_AUTOTUNE=1 does that where one is, among `candidates`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -53,7 +53,9 @@ def family(arch: Arch) -> str:
 
 
 # (operation, head size, bytes of an element) -> {family: tiles}; "" is every other family, "extras" is for calls with a
-# mask, dropout, softcap or ALiBi, on every GPU: their steps need registers between the two products.
+# mask, dropout, softcap or ALiBi, on every GPU: their steps need registers between the two products. "dropout" comes
+# before it: a warp for 16 rows at most. Where warps share rows (a replicated layout), Triton 3.9.0 reads parts of the
+# rearranged mask from shared memory that nothing wrote; found by the emulator.
 _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     # Forward. 128 queries halve the loads of K and V per product; registers hold the scores and o, so that with
     # larger heads the keys of a tile become fewer.
@@ -72,6 +74,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "blackwell": Tiles(128, 128, 8, 2),
         "cdna": Tiles(128, 64, 8, 1),
         "extras": Tiles(64, 32, 8, 2),
+        "dropout": Tiles(128, 32, 8, 1),
     },
     ("fwd", 256, 2): {
         "": Tiles(64, 32, 8, 2),
@@ -80,6 +83,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "blackwell": Tiles(128, 32, 8, 2),
         "cdna": Tiles(64, 32, 4, 1),
         "extras": Tiles(64, 16, 8, 1),
+        "dropout": Tiles(32, 16, 4, 1),
     },
     # dk and dv: a block of keys stays in registers, with two accumulators; queries stream by.
     ("dkdv", 64, 2): {
@@ -88,18 +92,22 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "blackwell": Tiles(64, 128, 8, 2),
         "cdna": Tiles(32, 64, 4, 1),
         "extras": Tiles(32, 64, 8, 1),
+        "dropout": Tiles(32, 64, 4, 1),
     },
     ("dkdv", 128, 2): {
         "": Tiles(64, 64, 8, 2),
         "hopper": Tiles(32, 128, 8, 2),
         "blackwell": Tiles(32, 128, 8, 2),
-        "cdna": Tiles(32, 64, 8, 1),
+        "cdna": Tiles(16, 64, 4, 1),
         "extras": Tiles(32, 64, 8, 2),
+        "dropout": Tiles(16, 64, 4, 1),
     },
     ("dkdv", 256, 2): {
-        "": Tiles(32, 32, 8, 1),
+        "": Tiles(32, 32, 8, 1),  # on Hopper by mma: wgmma's 64 rows of two accumulators spill
+        "blackwell": Tiles(32, 64, 8, 2),
         "cdna": Tiles(16, 32, 4, 1),
         "extras": Tiles(16, 32, 8, 1),
+        "dropout": Tiles(16, 32, 4, 1),
     },
     # dq: one accumulator, and the keys stream by.
     ("dq", 64, 2): {
@@ -115,41 +123,71 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "hopper": Tiles(128, 64, 8, 2),
         "cdna": Tiles(64, 32, 8, 1),
         "extras": Tiles(64, 32, 8, 2),
+        "dropout": Tiles(64, 16, 4, 1),
     },
     ("dq", 256, 2): {
         "": Tiles(64, 32, 8, 2),
+        "hopper": Tiles(32, 32, 8, 1),  # by mma, as for dk and dv
         "cdna": Tiles(32, 16, 4, 1),
         "extras": Tiles(32, 16, 8, 1),
+        "dropout": Tiles(32, 16, 4, 1),
     },
     # float32 in three bfloat16 parts: three copies of each operand in registers, so small tiles; wgmma reads those of K
-    # and V in shared memory.
-    ("fwd", 64, 4): {"": Tiles(64, 16, 8, 1), "hopper": Tiles(128, 32, 8, 2)},
-    ("fwd", 128, 4): {"": Tiles(16, 16, 8, 1), "hopper": Tiles(64, 16, 4, 1)},
-    ("fwd", 256, 4): {"": Tiles(16, 16, 8, 1)},
-    ("dkdv", 64, 4): {"": Tiles(16, 32, 8, 1), "hopper": Tiles(32, 32, 8, 1)},
-    ("dkdv", 128, 4): {"": Tiles(16, 16, 8, 1)},
-    ("dkdv", 256, 4): {"": Tiles(16, 16, 8, 1)},
-    ("dq", 64, 4): {"": Tiles(32, 16, 8, 1)},
-    ("dq", 128, 4): {"": Tiles(16, 16, 8, 1)},
-    ("dq", 256, 4): {"": Tiles(16, 16, 8, 1)},
+    # and V in shared memory. Heads above 64 spill all the same (up to 64 bytes of a thread at 128, 400 at 256): the
+    # parts of one row of an operand take half of its registers, and no tile is smaller than these.
+    ("fwd", 64, 4): {
+        "": Tiles(64, 16, 8, 1),
+        "hopper": Tiles(128, 32, 8, 2),
+        "dropout": Tiles(64, 16, 4, 1),
+    },
+    ("fwd", 128, 4): {
+        "": Tiles(16, 16, 8, 1),
+        "hopper": Tiles(64, 16, 4, 1),
+        "dropout": Tiles(64, 16, 4, 1),
+    },
+    ("fwd", 256, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
+    ("dkdv", 64, 4): {
+        "": Tiles(16, 32, 8, 1),
+        "hopper": Tiles(32, 32, 8, 1),
+        "dropout": Tiles(16, 64, 4, 1),
+    },
+    ("dkdv", 128, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(16, 64, 4, 1)},
+    ("dkdv", 256, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(16, 64, 4, 1)},
+    ("dq", 64, 4): {"": Tiles(32, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
+    ("dq", 128, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
+    ("dq", 256, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
 }
-ROW_TERMS = Tiles(64, 0, 4, 1)  # bound by memory: a row to each thread and its neighbours
+ROW_TERMS = Tiles(32, 0, 4, 1)  # bound by memory
 
 
 @lru_cache(maxsize=1024)
-def shipped(operation: str, d: int, size: int, arch: Arch, extras: bool) -> Tiles:
-    """operation: "fwd", "dkdv", "dq"; d: the larger head size; size: bytes of an element; extras: as the table says."""
+def shipped(operation: str, d: int, size: int, arch: Arch, extras: bool, dropout: bool) -> Tiles:
+    """operation: "fwd", "dkdv", "dq"; d: the larger head size; size: bytes of an element; extras and dropout: as the
+    table says."""
     table = _SHIPPED[operation, block(d, 64), size]
     kind = family(arch)
-    if extras and kind != "cdna":
-        kind = "extras"
-    return table.get(kind, table[""])
+    if not extras or (kind == "cdna" and not dropout):
+        return table.get(kind, table[""])
+    found = table.get("extras", table[""])
+    if dropout:
+        found = table.get("dropout", found)
+    # With a mask some operands pass through registers into shared memory once more. Where tensor cores read that while
+    # the program goes on, Triton's pipeline lets the next tile overwrite it.
+    return replace(found, stages=1) if kind in ("hopper", "blackwell") else found
 
 
-def candidates(operation: str, d: int, size: int, arch: Arch, extras: bool) -> list[Tiles]:
-    """What autotuning tries: the shipped tiles first, then every other of this table's for the same size."""
-    first = shipped(operation, d, size, arch, extras)
-    others = _SHIPPED[operation, block(d, 64), size].values()
+def candidates(
+    operation: str, d: int, size: int, arch: Arch, extras: bool, dropout: bool
+) -> list[Tiles]:
+    """What autotuning tries: the shipped tiles first, then others of this table where nothing speaks against them."""
+    first = shipped(operation, d, size, arch, extras, dropout)
+    if extras:
+        return [first, replace(first, stages=1)] if first.stages > 1 else [first]
+    others = [
+        tiles
+        for kind, tiles in _SHIPPED[operation, block(d, 64), size].items()
+        if kind not in ("extras", "dropout")
+    ]
     near = [
         Tiles(first.block_m, first.block_n, warps, stages)
         for warps in (4, 8)

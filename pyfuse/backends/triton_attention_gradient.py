@@ -227,7 +227,9 @@ class _Backward:
         sizes = shape if whole else (call.batch, call.heads, *shape[2:])
         dtype = mask.dtype if whole else torch.float32
         result = torch.empty(sizes, dtype=dtype, device=mask.device)
-        tiles = kernels("configs").shipped("dq", max(call.d, call.dv), self.size, call.arch, True)
+        tiles = kernels("configs").shipped(
+            "dq", max(call.d, call.dv), self.size, call.arch, True, call.dropout[0] is not None
+        )
         args = (
             *self.inputs, result, *self.strides, self.rows, result.stride(),
             call.heads, call.group, call.m, call.n, batches, heads, *self.scores, *self.limits,
