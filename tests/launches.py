@@ -60,8 +60,8 @@ def attention_launches(
     }
 
     def both() -> None:
-        o, saved = triton_attention_gradient.attention_forward(q, k, v, **given)
-        triton_attention_gradient.attention_backward((o,), (q, k, v), given, saved, needs)
+        _, saved = triton_attention_gradient.attention_forward(q, k, v, **given)
+        triton_attention_gradient.attention_backward((saved[0],), (q, k, v), given, saved, needs)
 
     return {launch.kernel.__name__: launch for launch in record(arch, both)}
 

@@ -266,13 +266,6 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float | N
     return scale / softcap, softcap * LOG2E
 
 
-def dropout_arguments(
-    p: float, seed: Tensor | None
-) -> tuple[tuple[int, int, int] | None, float | None]:
-    low, high, threshold, scale = triton_device.dropout_words(p, seed)
-    return None if low is None else (low, high, threshold), scale
-
-
 def block_of(size: int) -> int:
     """Sizes of one power of 2 are tuned alike."""
     return size.bit_length()

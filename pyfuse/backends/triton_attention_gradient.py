@@ -86,8 +86,8 @@ def _gradients(
     do = torch.zeros_like(o) if grads[0] is None else _unit_last(grads[0])
     dlse = None if len(grads) == 1 else grads[1]
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    # Σ o do has the rounding of o; times distances, as in the gradient of the slopes, half precision would show it.
-    if q.dtype == torch.float32 or "alibi_slopes" in needs:
+    # Σ o do has the rounding of o. In half precision that shows where distances magnify it, and in a float32 mask.
+    if q.dtype == torch.float32 or not needs.isdisjoint(("alibi_slopes", "mask")):
         rest = torch.empty_like(lse)
         run = _Backward(call, q, k, v, do, lse2, rest, delta, cu_q, cu_k, options)
         run.terms(lse, dlse)
