@@ -23,15 +23,19 @@ from embed_cases import (
     options,
 )
 from numerics import assert_bitwise_equal
+from rope_cases import needs
 
 import pyfuse
 from pyfuse.backends import cpu_module
 from pyfuse.philox import dropout_mask
 
+pytestmark = pytest.mark.emulated(sm_80=5, sm_90=32, sm_89=64, sm_120=64)
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_kernel(case: str, dtype: torch.dtype, target: Target) -> None:
+    needs(target, dtype)
     for d in SIZES:
         weight, shape = torch.randn(V, d).to(dtype), (3, 7)
         token_ids = torch.randint(0, V, shape)
@@ -44,6 +48,7 @@ def test_kernel(case: str, dtype: torch.dtype, target: Target) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_of_one_column(dtype: torch.dtype, target: Target) -> None:
     """It is 0 whatever the tables hold (the eager formula's own rounding makes more of it)."""
+    needs(target, dtype)
     weight, token_ids = torch.randn(V, 1).to(dtype), torch.randint(0, V, (3, 7))
     given = options(1, (3, 7), dtype=dtype, **CASES["f32_norm"])
     y = implementation(target.backend).fn(token_ids, weight, **given)
@@ -68,8 +73,11 @@ def test_tables_without_columns_or_rows(target: Target) -> None:
     ids, embed = torch.zeros(3, dtype=torch.long), implementation(target.backend).fn
     assert embed(ids, torch.zeros(4, 0)).shape == (3, 0)
     assert embed(ids[:0], torch.zeros(0, 4)).shape == (0, 4)
-    with pytest.raises(IndexError, match="weight has 0 rows"):
-        embed(ids, torch.zeros(0, 4))
+    if target.backend == "triton":
+        assert embed(ids, torch.zeros(0, 4)).isnan().all()
+    else:
+        with pytest.raises(IndexError, match="weight has 0 rows"):
+            embed(ids, torch.zeros(0, 4))
     for weight, some in ((torch.zeros(4, 0), ids), (torch.zeros(0, 4), ids[:0])):
         dy = torch.zeros(len(some), weight.shape[1])
         assert kernel_gradients(target, dy, some, weight, {})["weight"].shape == weight.shape
@@ -100,6 +108,7 @@ def test_strides(target: Target) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["token", "bert", "vaswani"])
 def test_threads_change_no_bit(case: str, dtype: torch.dtype, target: Target) -> None:
+    needs(target, dtype)
     shape, d = (21, 111), 197
     token_ids = torch.randint(0, 1000, shape) % 700
     token_ids[:, 40:] = 3
@@ -122,7 +131,9 @@ def test_threads_change_no_bit(case: str, dtype: torch.dtype, target: Target) ->
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.7, 1 - 2**-40])
 def test_dropout_is_that_of_philox(p: float, dtype: torch.dtype, target: Target) -> None:
     """Elements of ones show the mask and the factor, in every bit."""
-    for d in [*range(1, 70), 127, 128, 129, 192, 197, 300]:
+    needs(target, dtype)
+    every = [*range(1, 70), 127, 128, 129, 192, 197, 300]
+    for d in [1, 3, 64, 197] if target.backend == "triton" else every:  # each compiled apart
         weight = torch.ones(1, d, dtype=dtype)
         token_ids = torch.zeros(3, 5, dtype=torch.long)
         wide = torch.promote_types(dtype, torch.float32)
@@ -140,6 +151,7 @@ def test_what_is_dropped_does_not_matter(
     case: str, dtype: torch.dtype, bad: float, target: Target
 ) -> None:
     """NaN times 0 is NaN: dropout selects, forward and backward."""
+    needs(target, dtype)
     for d in (3, 65, 111):
         token_ids, weight = torch.randint(0, V, (3, 7)), torch.randn(V, d).to(dtype)
         given = options(d, (3, 7), dtype=dtype, **CASES[case])
@@ -161,6 +173,10 @@ def test_what_is_dropped_does_not_matter(
 @pytest.mark.parametrize("bad", [-1, V, 2**40, -(2**40)])
 @pytest.mark.parametrize("name", ["token_ids", "positions", "segment_ids"])
 def test_id_outside_its_table(name: str, bad: int, target: Target) -> None:
+    if target.backend == "triton":
+        pytest.skip(
+            "to raise, the host would have to wait for the GPU: see test_triton_position.py"
+        )
     table = torch.randn(V, 8)
     good = torch.arange(6).view(2, 3)
     wrong = good.clone()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import pyfuse
 
+pytestmark = pytest.mark.emulated(sm_80=5, sm_90=32, sm_89=64, sm_120=64)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIZES = [1, 3, 15, 16, 17, 63, 65, 111, 197, 576, 768, 4097]
 KINDS = ["layer_norm", "no_bias", "only_bias", "no_weight", "llama", "gemma", "torch", "rms_plain"]
@@ -20,6 +21,16 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 
 def norm(kind: str, x: Tensor, w: Tensor, b: Tensor, **options: Any) -> Any:
+    """Of this kind; what Triton's kernels refuse skips the test."""
+    try:
+        return norm_of(kind, x, w, b, **options)
+    except NotImplementedError as refusal:
+        if options["backend"] != "triton":
+            raise
+        pytest.skip(str(refusal).splitlines()[-1].strip())
+
+
+def norm_of(kind: str, x: Tensor, w: Tensor, b: Tensor, **options: Any) -> Any:
     if kind in ("llama", "gemma", "torch", "rms_plain"):
         casting = "llama" if kind == "rms_plain" else kind
         weight = None if kind == "rms_plain" else w
@@ -140,7 +151,8 @@ def test_strides(layout: str, target: Target) -> None:
         assert z.stride() == torch.empty_like(r).stride()
     one_row = residual[:1, :1].expand(3, 5, 65)
     y = norm("layer_norm", x, w, b, residual=one_row, backend=target.backend)
-    assert torch.equal(y, norm("layer_norm", x, w, b, residual=one_row.contiguous()))
+    dense = norm("layer_norm", x, w, b, residual=one_row.contiguous(), backend=target.backend)
+    assert torch.equal(y, dense)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0, 7), (7,), (1, 1, 1, 7)])

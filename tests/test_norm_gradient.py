@@ -24,6 +24,7 @@ from torch import Tensor
 
 import pyfuse
 
+pytestmark = pytest.mark.emulated(sm_80=4, sm_90=24, sm_89=48, sm_120=48)
 OPS = ["layer_norm", "llama", "gemma", "torch"]
 HALF = ["bf16", "f16"]
 
@@ -225,6 +226,8 @@ def calls(backend: str, p: float) -> dict[str, Callable[..., Any]]:
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("name", calls("eager", 0.0))
 def test_gradcheck(name: str, p: float, target: Target) -> None:
+    if target.backend == "triton":
+        pytest.skip("gradcheck needs float64, which Triton's kernels do not have")
     call = calls(target.backend, p)[name]
     point = [torch.randn(shape, dtype=torch.float64) for shape in ((3, 5), (3, 5), (5,), (5,))]
     for t in point:
@@ -236,7 +239,9 @@ def test_gradcheck(name: str, p: float, target: Target) -> None:
 def test_autograd_takes_the_kernels(target: Target) -> None:
     x, residual = (torch.randn(3, 8, requires_grad=True) for _ in range(2))
     w = torch.randn(8, requires_grad=True)
-    chosen = pyfuse.explain("layer_norm", x, w, residual=residual, prenorm=True, dropout_p=0.1)
+    named = None if target.backend == "cpu" else target.backend  # tensors in memory are the CPU's
+    options: dict[str, Any] = {"residual": residual, "prenorm": True, "dropout_p": 0.1}
+    chosen = pyfuse.explain("layer_norm", x, w, **options, backend=named)
     assert chosen.chosen == target.backend and chosen.needs == ("residual", "weight", "x")
     y, z = pyfuse.layer_norm(x, w, residual=residual, prenorm=True, backend=target.backend)
     (y.sum() + z.square().sum()).backward()

@@ -10,11 +10,13 @@ import torch
 from cases import laid_out
 from conftest import Target, at_threads
 from numerics import assert_bitwise_equal, check
-from rope_cases import DTYPES, HEADS, LONG, ROTATIONS, TABLES, angles
+from rope_cases import DTYPES, HEADS, LONG, ROTATIONS, TABLES, angles, needs
 from torch import Tensor
 
 import pyfuse
 from pyfuse.backends import cpu_module
+
+pytestmark = pytest.mark.emulated(sm_80=2, sm_90=16, sm_89=24, sm_120=32)
 
 
 def check_rope(target: Target, x: Tensor, cos: Tensor, sin: Tensor, name: str, **o: Any) -> Tensor:
@@ -29,6 +31,7 @@ def check_rope(target: Target, x: Tensor, cos: Tensor, sin: Tensor, name: str, *
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ROTATIONS)
 def test_kernel(layout: str, dtype: torch.dtype, own_table: bool, target: Target) -> None:
+    needs(target, dtype)
     for d, r in [*HEADS, LONG]:
         x = laid_out(torch.randn(2, 3, 5, d).to(dtype), "BMHD")
         cos, sin = angles(2, 5, r // 2, dtype=dtype if own_table else torch.float32)
@@ -78,6 +81,7 @@ def test_empty(shape: tuple[int, ...], inplace: bool, backend: str) -> None:
 @pytest.mark.parametrize("memory", ["BHMD", "BMHD"])
 @pytest.mark.parametrize("layout", ROTATIONS)
 def test_threads_change_no_bit(layout: str, memory: str, target: Target) -> None:
+    needs(target, torch.bfloat16)
     x = laid_out(torch.randn(2, 7, 101, 64).bfloat16(), memory)
     cos, sin = angles(101, 32)
     results = [
@@ -205,9 +209,8 @@ def test_compiled_gradient() -> None:
 def test_stride_in_the_last_dimension_is_refused_with_a_reason(target: Target) -> None:
     x = torch.randn(2, 3, 16, 5).transpose(2, 3)
     cos, sin = angles(5, 8)
-    if target.backend == "cpu":
-        with pytest.raises(NotImplementedError, match="stride 5 in its last dimension"):
-            pyfuse.rope(x, cos, sin, layout="half", backend="cpu")
+    with pytest.raises(NotImplementedError, match="stride 5 in its last dimension"):
+        pyfuse.rope(x, cos, sin, layout="half", backend=target.backend)
     y = pyfuse.rope(x, cos, sin, layout="half")
     torch.testing.assert_close(y, pyfuse.rope(x.contiguous(), cos, sin, layout="half"))
 

@@ -10,11 +10,13 @@ import torch
 from cases import laid_out
 from conftest import Target, at_threads
 from numerics import assert_bitwise_equal, check
-from rope_cases import DTYPES, HEADS, LONG, ROTATIONS, TABLES, angles
+from rope_cases import DTYPES, HEADS, LONG, ROTATIONS, TABLES, angles, needs
 from torch import Tensor
 
 import pyfuse
 from pyfuse import dispatch
+
+pytestmark = pytest.mark.emulated(sm_80=8, sm_90=64, sm_89=64, sm_120=64)
 
 
 def kernel_gradient(
@@ -51,6 +53,7 @@ def check_gradient(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ROTATIONS)
 def test_gradient(layout: str, dtype: torch.dtype, own_table: bool, target: Target) -> None:
+    needs(target, dtype)
     for d, r in [*HEADS, LONG]:
         x = laid_out(torch.randn(2, 3, 5, d).to(dtype), "BMHD")
         dy = torch.randn(2, 3, 5, d).to(dtype)
@@ -89,6 +92,7 @@ def test_gradient_of_nothing(shape: tuple[int, ...], target: Target) -> None:
 @pytest.mark.parametrize("layout", ROTATIONS)
 def test_gradient_turns_back(layout: str, target: Target) -> None:
     """A rotation keeps lengths, so that its gradient is its inverse."""
+    needs(target, torch.float64)
     x = torch.randn(1, 2, 197, 64, dtype=torch.float64)
     cos, sin = angles(197, 32, dtype=torch.float64)
     results = []

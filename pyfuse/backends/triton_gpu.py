@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import triton_attention, triton_attention_gradient
+from pyfuse.backends import (
+    triton_attention,
+    triton_attention_gradient,
+    triton_embed,
+    triton_embed_gradient,
+    triton_norm,
+    triton_norm_gradient,
+    triton_rope,
+)
 from pyfuse.backends.triton_device import why_unavailable
 from pyfuse.dispatch import Gradient, Impl
 
@@ -27,6 +35,45 @@ OPS: dict[str, Impl] = {
             triton_attention_gradient.varlen_attention_backward,
             triton_attention_gradient.why_not,
             triton_attention_gradient.restore,
+        ),
+    ),
+    "layer_norm": Impl(
+        triton_norm.layer_norm,
+        triton_norm.why_not_layer_norm,
+        Gradient(
+            triton_norm_gradient.layer_norm_forward,
+            triton_norm_gradient.layer_norm_backward,
+            triton_norm_gradient.why_not,
+            triton_norm_gradient.restore_layer_norm,
+        ),
+    ),
+    "rms_norm": Impl(
+        triton_norm.rms_norm,
+        triton_norm.why_not_rms_norm,
+        Gradient(
+            triton_norm_gradient.rms_norm_forward,
+            triton_norm_gradient.rms_norm_backward,
+            triton_norm_gradient.why_not,
+            triton_norm_gradient.restore_rms_norm,
+        ),
+    ),
+    "embed": Impl(
+        triton_embed.embed,
+        triton_embed.why_not_embed,
+        Gradient(
+            triton_embed.forward,
+            triton_embed_gradient.backward,
+            triton_embed_gradient.why_not_backward,
+        ),
+    ),
+    "rope": Impl(
+        triton_rope.rope,
+        triton_rope.why_not_rope,
+        Gradient(
+            triton_rope.forward,
+            triton_rope.backward,
+            triton_rope.why_not_backward,
+            triton_rope.restore,
         ),
     ),
 }
