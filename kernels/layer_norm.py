@@ -71,9 +71,11 @@ def layer_norm_kernel(
             store_rows(y, t, row, rows, cols, D)
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride", "rows", "key0", "key1", "threshold"])
+@triton.jit(
+    do_not_specialize=["x_stride", "residual_stride", "rows", "width", "key0", "key1", "threshold"]
+)
 def layer_norm_wide_kernel(
-    x, residual, weight, bias, y, z, mean, rstd, x_stride, residual_stride, rows, eps,
+    x, residual, weight, bias, y, z, mean, rstd, x_stride, residual_stride, rows, width, eps,
     key0, key1, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +87,7 @@ def layer_norm_wide_kernel(
         row = rows_of(block, 1)
         middle = tl.zeros([1], tl.float32)
         squares = tl.zeros([1], tl.float32)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, width, BLOCK_D):
             cols = start + columns(BLOCK_D, UNIT)
             t = load_z(source, row, rows, start, cols, dropout, D, UNIT, DROP)
             if z is not None:
@@ -102,7 +104,7 @@ def layer_norm_wide_kernel(
             store_statistic(mean, middle, row, rows)
             store_statistic(rstd, scale, row, rows)
         if y is not None:
-            for start in range(0, D, BLOCK_D):
+            for start in range(0, width, BLOCK_D):
                 cols = start + columns(BLOCK_D, UNIT)
                 t = load_z(source, row, rows, start, cols, dropout, D, UNIT, DROP)
                 t = (t - middle[:, None]) * scale[:, None]
@@ -175,12 +177,12 @@ def load_terms(
 
 @triton.jit(
     do_not_specialize=[
-        "x_stride", "residual_stride", "dy_stride", "dz_stride", "rows", "key0", "key1", "threshold"
+        "x_stride", "residual_stride", "dy_stride", "dz_stride", "rows", "width", "key0", "key1", "threshold"
     ]
 )  # fmt: skip
 def layer_norm_wide_backward_kernel(
     x, residual, weight, dy, dz, mean, rstd, dx, dresidual,
-    x_stride, residual_stride, dy_stride, dz_stride, rows, key0, key1, threshold, keep_scale,
+    x_stride, residual_stride, dy_stride, dz_stride, rows, width, key0, key1, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """dx and dresidual of wide rows."""
@@ -192,7 +194,7 @@ def layer_norm_wide_backward_kernel(
         scale = load_statistic(rstd, row, rows)
         along = tl.zeros([1, BLOCK_D], tl.float32)
         level = tl.zeros([1, BLOCK_D], tl.float32)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, width, BLOCK_D):
             cols = start + columns(BLOCK_D, UNIT)
             g, n = load_terms(
                 source, weight, dy, dy_stride, middle, scale, row, rows, start, cols, dropout, D, UNIT, DROP
@@ -201,7 +203,7 @@ def layer_norm_wide_backward_kernel(
             level += g
         slope = tl.sum(along, 1)[:, None] * (1.0 / D)
         offset = tl.sum(level, 1)[:, None] * (1.0 / D)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, width, BLOCK_D):
             cols = start + columns(BLOCK_D, UNIT)
             g, n = load_terms(
                 source, weight, dy, dy_stride, middle, scale, row, rows, start, cols, dropout, D, UNIT, DROP

@@ -64,9 +64,11 @@ def rms_norm_kernel(
             store_rows(y, t, row, rows, cols, D)
 
 
-@triton.jit(do_not_specialize=["x_stride", "residual_stride", "rows", "key0", "key1", "threshold"])
+@triton.jit(
+    do_not_specialize=["x_stride", "residual_stride", "rows", "width", "key0", "key1", "threshold"]
+)
 def rms_norm_wide_kernel(
-    x, residual, weight, y, z, rstd, x_stride, residual_stride, rows, eps, key0, key1, threshold, keep_scale,
+    x, residual, weight, y, z, rstd, x_stride, residual_stride, rows, width, eps, key0, key1, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, CASTING: tl.constexpr,
 ):  # fmt: skip
     """The same for wide rows."""
@@ -76,7 +78,7 @@ def rms_norm_wide_kernel(
     for block in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = rows_of(block, 1)
         squares = tl.zeros([1, BLOCK_D], tl.float32)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, width, BLOCK_D):
             cols = start + columns(BLOCK_D, UNIT)
             t = load_z(source, row, rows, start, cols, dropout, D, UNIT, DROP)
             if z is not None:
@@ -86,7 +88,7 @@ def rms_norm_wide_kernel(
         if rstd is not None:
             store_statistic(rstd, scale, row, rows)
         if y is not None:
-            for start in range(0, D, BLOCK_D):
+            for start in range(0, width, BLOCK_D):
                 cols = start + columns(BLOCK_D, UNIT)
                 t = load_z(source, row, rows, start, cols, dropout, D, UNIT, DROP)
                 t *= scale[:, None]
@@ -153,12 +155,12 @@ def load_terms(
 
 @triton.jit(
     do_not_specialize=[
-        "x_stride", "residual_stride", "dy_stride", "dz_stride", "rows", "key0", "key1", "threshold"
+        "x_stride", "residual_stride", "dy_stride", "dz_stride", "rows", "width", "key0", "key1", "threshold"
     ]
 )  # fmt: skip
 def rms_norm_wide_backward_kernel(
     x, residual, weight, dy, dz, rstd, dx, dresidual,
-    x_stride, residual_stride, dy_stride, dz_stride, rows, key0, key1, threshold, keep_scale,
+    x_stride, residual_stride, dy_stride, dz_stride, rows, width, key0, key1, threshold, keep_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, UNIT: tl.constexpr, DROP: tl.constexpr, CASTING: tl.constexpr,
 ):  # fmt: skip
     """dx and dresidual of wide rows."""
@@ -168,14 +170,14 @@ def rms_norm_wide_backward_kernel(
         row = rows_of(block, 1)
         scale = load_statistic(rstd, row, rows)
         along = tl.zeros([1, BLOCK_D], tl.float32)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, width, BLOCK_D):
             cols = start + columns(BLOCK_D, UNIT)
             g, n = load_terms(
                 source, weight, dy, dy_stride, scale, row, rows, start, cols, dropout, D, UNIT, DROP, CASTING
             )  # fmt: skip
             along += g * n
         slope = tl.sum(along, 1)[:, None] * (1.0 / D)
-        for start in range(0, D, BLOCK_D):
+        for start in range(0, width, BLOCK_D):
             cols = start + columns(BLOCK_D, UNIT)
             g, n = load_terms(
                 source, weight, dy, dy_stride, scale, row, rows, start, cols, dropout, D, UNIT, DROP, CASTING

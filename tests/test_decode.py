@@ -120,7 +120,7 @@ STEADY = [
 def test_same_bits_for_every_thread_count_and_run(target: Target, case: Case) -> None:
     torch.set_num_threads(1)
     expected = build(case).run(target.backend)
-    for threads in (1, 2, 4):
+    for threads in (1, 2, 4) if target.backend == "cpu" else (1,):
         torch.set_num_threads(threads)
         for _ in range(3):
             actual = build(case).run(target.backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyfuse.backends import (
     triton_attention,
     triton_attention_gradient,
+    triton_decode,
     triton_embed,
     triton_embed_gradient,
     triton_norm,
@@ -36,6 +37,10 @@ OPS: dict[str, Impl] = {
             triton_attention_gradient.why_not,
             triton_attention_gradient.restore,
         ),
+    ),
+    "decode_attention": Impl(
+        triton_decode.decode_attention,
+        triton_decode.why_not_decode_attention,
     ),
     "layer_norm": Impl(
         triton_norm.layer_norm,

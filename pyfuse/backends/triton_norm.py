@@ -143,7 +143,8 @@ def write_norm(
         d, align, size, widest(weight, bias), device.arch, casting, bare
     )
     unit = plan.unit
-    rest = (x_stride // unit, r_stride // unit, count, eps, *dropout_words(p, seed))
+    size_of = (count, d) if plan.wide else (count,)
+    rest = (x_stride // unit, r_stride // unit, *size_of, eps, *dropout_words(p, seed))
     args: tuple[Any, ...]
     if casting is None:
         module = kernels("layer_norm")

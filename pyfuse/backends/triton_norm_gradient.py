@@ -143,12 +143,10 @@ class _Call(NamedTuple):
     statistics: Statistics
     height: int  # how many rows
     dropout: triton_device.DropoutWords
-    drop: bool  # z is still to be made by dropout
 
-    def scalars(self, inputs: int, unit: int) -> tuple[Any, ...]:
-        """Strides of so many inputs, and what follows them."""
-        strides = [stride // unit for stride in self.strides[:inputs]]
-        return (*strides, self.height, *self.dropout)
+    def scalars(self, inputs: int, unit: int, *sizes: int) -> tuple[Any, ...]:
+        """Strides of so many inputs, sizes, dropout."""
+        return (*[stride // unit for stride in self.strides[:inputs]], *sizes, *self.dropout)
 
     def launch(
         self,
@@ -161,7 +159,8 @@ class _Call(NamedTuple):
         """The kernel that goes through the rows; sums: for dweight and dbias."""
         x, residual, dy, dz = self.rows
         mean, rstd = self.statistics
-        rest = self.scalars(4, plan.unit)
+        sizes = (self.height, x.shape[-1]) if plan.wide else (self.height,)
+        rest = self.scalars(4, plan.unit, *sizes)
         args: tuple[Any, ...]
         if self.casting is None:
             module = kernels("layer_norm")
@@ -197,7 +196,7 @@ def _write(
     count = x.numel() // d
     rows, strides = zip(*map(rows_of, (x, residual, dy, dz)), strict=True)
     words = dropout_words(p, options["dropout_seed"])
-    call = _Call(device, casting, rows, strides, (mean, rstd), count, words, drop)
+    call = _Call(device, casting, rows, strides, (mean, rstd), count, words)
 
     configs, row = kernels("norm_configs"), kernels("norm_row")
     align, arch = gcd(16, *strides), device.arch
@@ -216,7 +215,7 @@ def _write(
     if dweight is None and dbias is None:
         return
     if plan.wide:
-        args = (*rows[:3], mean, rstd, *sums, *call.scalars(3, sums_plan.unit))
+        args = (*rows[:3], mean, rstd, *sums, *call.scalars(3, sums_plan.unit, count))
         grid = (programs, -(-d // configs.SUM_COLUMNS))
         device.launch(row.parameter_sums_kernel, grid, args, sums_plan.options)
     added = configs.add_programs(d, arch)
