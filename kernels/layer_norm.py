@@ -3,7 +3,8 @@
 Ba et al., arXiv:1607.06450. Backward, with g = dy · weight and means over the D columns:
     dz' = rstd · (g - mean(g) - n · mean(g · n)) + dz,  dweight = Σ_rows dy · n,  dbias = Σ_rows dy
 A row that a program can keep in registers is read once. The kernels named wide are for the others: they go through
-a row twice, BLOCK_D columns at a time. norm_row.py says what all arguments are.
+a row twice, BLOCK_D columns at a time. Their `width` is D at run time: a loop of known length the assembler unrolls
+until registers do not suffice. norm_row.py says what all arguments are.
 """
 
 # mypy: allow-untyped-defs

@@ -34,6 +34,8 @@ BARE_BACKWARD, BACKWARD = 128, 168
 # The least elements of a tile: below, a program takes several rows. In the backward each program writes one more row
 # of sums in float32 for the parameters, so there are few programs with large tiles.
 FORWARD_TILE, BACKWARD_TILE = 2048, 4096
+# Each row of which a lane has elements takes registers for addresses: lanes that read few neighbours have fewer elements.
+ROWS_OF_LANE = 4
 # Up to here a row stays in registers. 8192: 16 elements for each of 512 threads. 16384: 32 for each of 512, with
 # LayerNorm's weight and bias read again for each row. 32768: 32 for each of 1024, that have 64 registers each; these do
 # for a bare row, and not in what the assembler makes of it for sm_100 and sm_120.
@@ -72,6 +74,12 @@ def unit_of(d: int, align: int, size: int) -> int:
     return gcd(16 // size, d, align)
 
 
+def rows_of(columns: int, tile: int, unit: int) -> int:
+    """Rows of a tile of at most so many elements."""
+    neighbours = max(unit, columns * PER_THREAD // tile)  # of a row in a lane
+    return max(1, tile // columns * min(PER_THREAD, ROWS_OF_LANE * neighbours) // PER_THREAD)
+
+
 def budget(threads: int, need: int, arch: Arch) -> tuple[int, dict[str, Any]]:
     """(programs that run at once, options) where each of so many threads needs so many registers."""
     amd = isinstance(arch, str)
@@ -100,7 +108,7 @@ def forward(
         most, more = budget(WIDE_THREADS, WIDE_FORWARD, arch)
         return Plan(1, most, True, unit, options | {"BLOCK_D": STRETCH} | more)
     tile = max(columns, FORWARD_TILE)
-    rows, threads = tile // columns, tile // PER_THREAD
+    rows, threads = rows_of(columns, tile, unit), tile // PER_THREAD
     need = (BARE_LAYER if casting is None else BARE_RMS) if bare else FORWARD
     if columns > HELD:
         threads, need = threads // 2, REGISTERS // (threads // 2)
@@ -134,8 +142,9 @@ def backward(
     tile = max(columns, BACKWARD_TILE)
     need = BARE_BACKWARD if bare or (casting is not None and not dropout) else BACKWARD
     most, more = budget(tile // PER_THREAD, need, arch)
-    options |= {"BLOCK_D": columns, "ROWS": tile // columns} | more
-    return Plan(tile // columns, most, False, unit, options, MOST_TILES)
+    rows = rows_of(columns, tile, unit)
+    options |= {"BLOCK_D": columns, "ROWS": rows} | more
+    return Plan(rows, most, False, unit, options, MOST_TILES)
 
 
 @lru_cache(maxsize=1024)

@@ -4,7 +4,8 @@ Zhang and Sennrich, arXiv:1910.07467. CASTING says how n meets the weight: "llam
 multiplies by 1 + weight. Backward, with g = dy · weight (or 1 + weight) and the mean over the D columns:
     dz' = rstd · (g - n · mean(g · n)) + dz,  dweight = Σ_rows dy · n
 A row that a program can keep in registers is read once. The kernels named wide are for the others: they go through
-a row twice, BLOCK_D columns at a time. norm_row.py says what all arguments are.
+a row twice, BLOCK_D columns at a time. Their `width` is D at run time: a loop of known length the assembler unrolls
+until registers do not suffice. norm_row.py says what all arguments are.
 """
 
 # mypy: allow-untyped-defs

@@ -88,7 +88,10 @@ def test_environment_chooses_the_backend() -> None:
     assert python(code, PYFUSE_BACKEND="eager").stdout.strip() == "eager"
     refused = python(code, PYFUSE_BACKEND="vulkan")
     assert refused.returncode != 0
-    assert "ValueError: PYFUSE_BACKEND: got 'vulkan', needs one of cpu, triton, eager" in refused.stderr
+    assert (
+        "ValueError: PYFUSE_BACKEND: got 'vulkan', needs one of cpu, triton, eager"
+        in refused.stderr
+    )
 
 
 @pytest.mark.skipif(dispatch.backend_status()["cpu"] is not None, reason="pyfuse._C is not built")
