@@ -34,7 +34,7 @@ BARE_BACKWARD, BACKWARD = 128, 168
 # The least elements of a tile: below, a program takes several rows. In the backward each program writes one more row
 # of sums in float32 for the parameters, so there are few programs with large tiles.
 FORWARD_TILE, BACKWARD_TILE = 2048, 4096
-# Each row of which a lane has elements takes registers for addresses: lanes that read few neighbours have fewer elements.
+# Addresses of each row of which a lane has elements take registers: lanes that read few neighbours have fewer elements.
 ROWS_OF_LANE = 4
 # Up to here a row stays in registers. 8192: 16 elements for each of 512 threads. 16384: 32 for each of 512, with
 # LayerNorm's weight and bias read again for each row. 32768: 32 for each of 1024, that have 64 registers each; these do
