@@ -54,8 +54,8 @@ def family(arch: Arch) -> str:
 
 # (operation, head size, bytes of an element) -> {family: tiles}; "" is every other family, "extras" is for calls with a
 # mask, dropout, softcap or ALiBi, on every GPU: their steps need registers between the two products. "dropout" comes
-# before it: a warp for 16 rows at most. Where warps share rows (a replicated layout), Triton 3.9.0 reads parts of the
-# rearranged mask from shared memory that nothing wrote; found by the emulator.
+# before it: a warp for 16 rows at most. These are smaller than they may need to be, chosen to avoid reports of
+# undefined values with Triton 3.9.0 that the emulator makes of a prmt whose undefined operand gives no byte.
 _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     # Forward. 128 queries halve the loads of K and V per product; registers hold the scores and o, so that with
     # larger heads the keys of a tile become fewer.
@@ -171,8 +171,8 @@ def shipped(operation: str, d: int, size: int, arch: Arch, extras: bool, dropout
     found = table.get("extras", table[""])
     if dropout:
         found = table.get("dropout", found)
-    # With a mask some operands pass through registers into shared memory once more. Where tensor cores read that while
-    # the program goes on, Triton's pipeline lets the next tile overwrite it.
+    # With a mask some operands pass through registers into shared memory once more. Pipelined, dq came out wrong there
+    # in the emulator; whether Triton or the emulator is at fault is not known.
     return replace(found, stages=1) if kind in ("hopper", "blackwell") else found
 
 
