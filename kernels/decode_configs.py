@@ -69,10 +69,12 @@ def plan(
     size: int,
     arch: Arch,
     page_size: int | None,
+    unit: int,
     fold: bool,
     precision: str,
 ) -> Plan:
-    """fold: whether scores need nothing but their scale; page_size: None for a cache in one piece."""
+    """page_size: None for a cache in one piece; unit: elements that strides are counted in; fold: whether scores need
+    nothing but their scale."""
     block_d, block_dv = block(d), block(dv)
     chosen = tiles(rows, max(block_d, block_dv), size, arch, page_size is not None, not fold)
     constants = {
@@ -82,6 +84,7 @@ def plan(
         "BLOCK_DV": block_dv,
         "CHUNK": min(block_d, CHUNK) if size == 4 else block_d,
         "LEAST": LEAST,
+        "UNIT": unit,
         "FOLD": fold,
         "WHOLE": page_size is None or page_size % chosen.block_n == 0,
         "PRECISION": precision,

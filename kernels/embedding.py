@@ -27,26 +27,27 @@ def sinusoid(turns, place):
     """Columns 0 1 2 3 ... of the encoding of `place` [ROWS]: sin a, cos a, sin a', cos a', ...
 
     turns [D/2]: of a turn what a position adds to the angle of a pair of columns, in units of 2^-64. Products wrap as
-    angles do, so that no position is too far: of the first bits comes the quadrant, of the others the angle in it.
+    angles do, so that no position is too far; the first bits say which quarter of a turn is nearest.
     """
     angle = place[:, None] * turns[None, :]
     high = (angle >> 32).to(tl.int32)
-    low = angle.to(tl.uint32)
-    quadrant = (high + (1 << 29)) >> 30  # signed: -2, -1, 0, 1
-    inside = (high - (quadrant << 30)).to(tl.float32)
-    inside += low.to(tl.float32) * 2.0**-32
-    x = inside * 1.4629180792671596e-09  # 2π 2^-32, |x| <= π/4
+    quarter = ((high >> 29) + 1) >> 1  # -2 to 2
+    rest = high & 0x3FFFFFFF
+    rest = (rest - (rest >> 29 << 30)).to(tl.float32) + angle.to(tl.uint32).to(
+        tl.float32
+    ) * 2.0**-32
+    x = rest * 1.4629180792671596e-09  # 2π 2^-32, |x| <= π/4
     square = x * x
     # Of least greatest relative error, 4e-9 and 1e-10, before rounding.
     s = (-1.9515217e-4 * square + 8.33216123e-3) * square - 1.66666552e-1
     s = s * (square * x) + x
     c = (2.44330816e-5 * square - 1.38873153e-3) * square + 4.16666456e-2
     c = c * (square * square) + (1.0 - 0.5 * square)
-    odd = (quadrant & 1) != 0
+    odd = (quarter & 1) != 0
     sine = tl.where(odd, c, s)
     cosine = tl.where(odd, s, c)
-    sine = tl.where(quadrant < 0, -sine, sine)
-    cosine = tl.where((quadrant == 1) | (quadrant == -2), -cosine, cosine)
+    sine = tl.where((quarter & 2) != 0, -sine, sine)
+    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
     return tl.reshape(tl.join(sine, cosine), (place.shape[0], 2 * turns.shape[0]))
 
 

@@ -201,10 +201,23 @@ def finish(acc, m_i, l_i, sink):
 
 
 @triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Triton sees of a number only whether 16 divides it; rows of 8 n elements are aligned to 16 bytes as well."""
+    if UNIT == 1:
+        product = strides
+    else:
+        product = (wide(strides[0]) * UNIT, wide(strides[1]) * UNIT, wide(strides[2]) * UNIT)
+    return product
+
+
+@triton.jit
 def head_of(
-    k, v, k_strides, v_strides, table, table_strides, page_size, page_bits, k_new, v_new, new_strides, b, hk
+    k, v, k_strides, v_strides, table, table_strides, page_size, page_bits, k_new, v_new, new_strides, b, hk,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """The cache, its pages and what is new, of head hk of sequence b."""
+    k_strides = in_elements(k_strides, UNIT)
+    v_strides = in_elements(v_strides, UNIT)
     if table is not None:
         pages = (table + b * table_strides[0], table_strides[1], page_size, page_bits)
         block = wide(0)
@@ -228,14 +241,15 @@ def flash_decode_kernel(
     table_strides, page_size, page_bits, k_new, v_new, new_strides, B, Hk, G, M, N, scale, softcap, left, right,
     sinks, slopes, splits,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, FOLD: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEAST: tl.constexpr, UNIT: tl.constexpr, FOLD: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What is None is absent. q [B, Hq, M, D]; the cache [B, Hk, N, D], or with a table [pages, Hk, page_size, D] of N
     keys for each sequence. With k_new each head has one program more, that writes into the cache what no other reads.
 
     partial: float32 sums instead of o and lse where there are several splits: acc [Dv] of each row and split, then the
-    m of all, then the l of all. WHOLE: no tile of keys lies in two pages."""
+    m of all, then the l of all. UNIT: elements that strides of q, k and v are counted in. WHOLE: no tile of keys is in
+    two pages."""
     rows = M * G
     tiles = tl.cdiv(rows, BLOCK_M)
     pid = tl.program_id(0)
@@ -246,7 +260,7 @@ def flash_decode_kernel(
     length = length_of(lengths, length_stride, b, N)
     shift = length - M
     cache, pages, new = head_of(
-        k, v, k_strides, v_strides, table, table_strides, page_size, page_bits, k_new, v_new, new_strides, b, hk
+        k, v, k_strides, v_strides, table, table_strides, page_size, page_bits, k_new, v_new, new_strides, b, hk, UNIT
     )  # fmt: skip
     if k_new is not None and split == splits:
         if r0 == 0:
@@ -277,6 +291,7 @@ def flash_decode_kernel(
     if slopes is not None:
         slope = (tl.load(slopes + hq).to(tl.float32) * LOG2E)[:, None]
     d = tl.arange(0, CHUNK)
+    q_strides = in_elements(q_strides, UNIT)
     q += (b * q_strides[0] + hq * q_strides[1] + m * wide(q_strides[2]))[:, None] + d[None, :]
     queries = (load_columns(q, d, D),)
     for column in tl.static_range(CHUNK, D, CHUNK):

@@ -118,6 +118,12 @@ def tile_options(d: int, columns: int, unit: int, warps: int) -> dict[str, Any]:
     return {"D": d, "BLOCK_D": columns, "UNIT": unit} | triton_options(warps)
 
 
+def wide_options(d: int, columns: int, unit: int, warps: int, arch: Arch) -> dict[str, Any]:
+    """With registers to spare, said aloud: the assembler would rather spill one or two to fit more programs."""
+    limit = {} if isinstance(arch, str) else {"maxnreg": 255}
+    return tile_options(d, columns, unit, warps) | limit
+
+
 @lru_cache(maxsize=256)
 def gather(d: int, size: int, unit: int, norm: bool, sinusoidal: bool, arch: Arch) -> Gather:
     """d: columns of a table; size: bytes of an element; unit: elements that strides are counted in. HOLD: the norm's
@@ -125,7 +131,7 @@ def gather(d: int, size: int, unit: int, norm: bool, sinusoidal: bool, arch: Arc
     columns, threads = block(d), lanes(arch)
     lane = GATHER_LANE if size == 2 and not sinusoidal else GATHER_LANE // 2
     if norm and columns > (WIDEST // 2 if sinusoidal else WIDEST):
-        options = tile_options(d, WIDE, unit, WIDE // GATHER_LANE // threads)
+        options = wide_options(d, WIDE, unit, 2 * WIDE // GATHER_LANE // threads, arch)
         return Gather(1, 1, 4 * MULTIPROCESSORS, options, wide=True)
     if columns == WIDEST:
         lane = GATHER_LANE
@@ -161,7 +167,7 @@ BACKWARD_TOKENS = 128
 def gather_backward(d: int, unit: int, arch: Arch) -> Gather:
     columns, threads = block(d), lanes(arch)
     if columns > BACKWARD_WIDEST:
-        options = tile_options(d, BACKWARD_WIDE, unit, 128 // threads)
+        options = wide_options(d, BACKWARD_WIDE, unit, 128 // threads, arch)
         return Gather(1, 1, 8 * MULTIPROCESSORS, options, wide=True)
     tile = max(columns, BACKWARD_LANE * threads)
     warps, rows = tile // (BACKWARD_LANE * threads), tile // columns
@@ -174,7 +180,7 @@ def norm_sums(d: int, unit: int, arch: Arch) -> Gather:
     """The sums of the norm's gradients of wide rows: 8 columns of a lane."""
     columns = stretch(d)
     stretches = -(-d // columns)
-    options = tile_options(d, columns, unit, columns // (8 * lanes(arch)))
+    options = wide_options(d, columns, unit, columns // (8 * lanes(arch)), arch)
     return Gather(1, stretches, 32, options | {"ROWS": 1, "STRETCHES": stretches})
 
 

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
-from conftest import Target
 from torch import Tensor
-
-from pyfuse.backends import triton_device
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HEADS = [(2, 2), (3, 2), (15, 14), (63, 62), (64, 64), (65, 32), (80, 20), (128, 0), (197, 196)]
 LONG = (601, 600)  # more pairs than the kernel holds angles of
 ROTATIONS = ["half", "interleaved"]
-
-
-def needs(target: Target, dtype: torch.dtype) -> None:
-    """Skip a dtype that the kernels refuse."""
-    if target.backend == "triton":
-        reason = triton_device.why_not("x", torch.empty(0, dtype=dtype))
-        if reason is not None:
-            pytest.skip(reason)
 
 
 def angles(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import pyfuse
 
+pytestmark = pytest.mark.emulated(sm_80=3, sm_90=24, sm_89=48, sm_120=48)
+
 
 @cache
 def by_eager(case: Case) -> list[tuple[Tensor, Tensor]]:
@@ -45,7 +47,7 @@ PAGES = (1, 2, 3, 16, 17, 32, 64, 128, 256, 1000)
 def test_pages_change_no_bit(target: Target, dtype: str, m: int) -> None:
     case = Case(dtype=dtype, m=m, lengths=(600, 5, 0, 256), head_sizes=(72, 48))
     expected = build(case).run(target.backend)
-    for page_size in PAGES:
+    for page_size in PAGES if target.backend == "cpu" else PAGES[::3]:
         actual = build(replace(case, page_size=page_size)).run(target.backend)
         for name, x, y in zip(("o", "lse"), actual, expected, strict=True):
             numerics.assert_bitwise_equal(x, y, f"{name}, pages of {page_size}")

@@ -15,6 +15,8 @@ from decode_cases import NAN, Case, build
 
 import pyfuse
 
+pytestmark = pytest.mark.emulated(sm_80=3, sm_90=24, sm_89=24, sm_120=24)
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 20])

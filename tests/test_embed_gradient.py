@@ -17,7 +17,6 @@ from embed_cases import (
     options,
 )
 from numerics import assert_bitwise_equal, check
-from rope_cases import needs
 from torch import Tensor
 
 import pyfuse
@@ -28,7 +27,6 @@ pytestmark = pytest.mark.emulated(sm_80=5, sm_90=40, sm_89=48, sm_120=48)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_gradient(case: str, dtype: torch.dtype, target: Target) -> None:
-    needs(target, dtype)
     shape = (3, 7)
     # Where three columns happen to be nearly equal, a norm blows every rounding error up, the truth's
     # too: float64 has no wider one.
@@ -71,7 +69,6 @@ def test_gradients_of_what_is_needed(needs: set[str], target: Target) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["token", "scaled", "bert"])
 def test_sparse_gradient(case: str, dtype: torch.dtype, target: Target) -> None:
-    needs(target, dtype)
     token_ids, weight = torch.randint(0, V, (3, 7)), torch.randn(V, 33).to(dtype)
     dy = torch.randn(3, 7, 33).to(dtype)
     given = options(33, (3, 7), dtype=dtype, **CASES[case], sparse=True)

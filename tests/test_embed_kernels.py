@@ -23,7 +23,6 @@ from embed_cases import (
     options,
 )
 from numerics import assert_bitwise_equal
-from rope_cases import needs
 
 import pyfuse
 from pyfuse.backends import cpu_module
@@ -35,7 +34,6 @@ pytestmark = pytest.mark.emulated(sm_80=5, sm_90=32, sm_89=64, sm_120=64)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_kernel(case: str, dtype: torch.dtype, target: Target) -> None:
-    needs(target, dtype)
     for d in SIZES:
         weight, shape = torch.randn(V, d).to(dtype), (3, 7)
         token_ids = torch.randint(0, V, shape)
@@ -48,7 +46,6 @@ def test_kernel(case: str, dtype: torch.dtype, target: Target) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_of_one_column(dtype: torch.dtype, target: Target) -> None:
     """It is 0 whatever the tables hold (the eager formula's own rounding makes more of it)."""
-    needs(target, dtype)
     weight, token_ids = torch.randn(V, 1).to(dtype), torch.randint(0, V, (3, 7))
     given = options(1, (3, 7), dtype=dtype, **CASES["f32_norm"])
     y = implementation(target.backend).fn(token_ids, weight, **given)
@@ -108,7 +105,6 @@ def test_strides(target: Target) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["token", "bert", "vaswani"])
 def test_threads_change_no_bit(case: str, dtype: torch.dtype, target: Target) -> None:
-    needs(target, dtype)
     shape, d = (21, 111), 197
     token_ids = torch.randint(0, 1000, shape) % 700
     token_ids[:, 40:] = 3
@@ -131,7 +127,6 @@ def test_threads_change_no_bit(case: str, dtype: torch.dtype, target: Target) ->
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.7, 1 - 2**-40])
 def test_dropout_is_that_of_philox(p: float, dtype: torch.dtype, target: Target) -> None:
     """Elements of ones show the mask and the factor, in every bit."""
-    needs(target, dtype)
     every = [*range(1, 70), 127, 128, 129, 192, 197, 300]
     for d in [1, 3, 64, 197] if target.backend == "triton" else every:  # each compiled apart
         weight = torch.ones(1, d, dtype=dtype)
@@ -151,7 +146,6 @@ def test_what_is_dropped_does_not_matter(
     case: str, dtype: torch.dtype, bad: float, target: Target
 ) -> None:
     """NaN times 0 is NaN: dropout selects, forward and backward."""
-    needs(target, dtype)
     for d in (3, 65, 111):
         token_ids, weight = torch.randint(0, V, (3, 7)), torch.randn(V, d).to(dtype)
         given = options(d, (3, 7), dtype=dtype, **CASES[case])

@@ -10,7 +10,7 @@ import torch
 from cases import laid_out
 from conftest import Target, at_threads
 from numerics import assert_bitwise_equal, check
-from rope_cases import DTYPES, HEADS, LONG, ROTATIONS, TABLES, angles, needs
+from rope_cases import DTYPES, HEADS, LONG, ROTATIONS, TABLES, angles
 from torch import Tensor
 
 import pyfuse
@@ -31,7 +31,6 @@ def check_rope(target: Target, x: Tensor, cos: Tensor, sin: Tensor, name: str, *
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ROTATIONS)
 def test_kernel(layout: str, dtype: torch.dtype, own_table: bool, target: Target) -> None:
-    needs(target, dtype)
     for d, r in [*HEADS, LONG]:
         x = laid_out(torch.randn(2, 3, 5, d).to(dtype), "BMHD")
         cos, sin = angles(2, 5, r // 2, dtype=dtype if own_table else torch.float32)
@@ -81,7 +80,6 @@ def test_empty(shape: tuple[int, ...], inplace: bool, backend: str) -> None:
 @pytest.mark.parametrize("memory", ["BHMD", "BMHD"])
 @pytest.mark.parametrize("layout", ROTATIONS)
 def test_threads_change_no_bit(layout: str, memory: str, target: Target) -> None:
-    needs(target, torch.bfloat16)
     x = laid_out(torch.randn(2, 7, 101, 64).bfloat16(), memory)
     cos, sin = angles(101, 32)
     results = [

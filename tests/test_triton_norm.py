@@ -151,9 +151,8 @@ def test_each_byte_moves_once(case: NormCase, one_multiprocessor: None) -> None:
     assert back.counters["sectors"] * SECTOR - programs * sums <= 1.05 * once
 
 
-@pytest.mark.parametrize("arch", [80, 90, 120])
-@pytest.mark.parametrize("dtype", ["bf16", "f32"])
-def test_accesses_have_16_bytes(dtype: str, arch: int) -> None:
+@pytest.mark.parametrize(("arch", "dtype"), [(80, "bf16"), (80, "f32"), (90, "bf16"), (120, "f16")])
+def test_accesses_have_16_bytes(arch: int, dtype: str) -> None:
     """Of rows, dense and strided ones, in both passes; the statistics of a row have 4."""
     wide = {"ld.global.v4.b32", "st.global.v4.b32"}
     for op, d in (("layer_norm", 4096), ("llama", 2880)):

@@ -255,6 +255,28 @@ def test_id_outside_its_table_gives_nan(name: str, bad: int, emulator: GpuOfCpuT
         assert torch.equal(gradient, rows[:, None].expand(50, 8)), key
 
 
+def test_debugging_stops_at_an_id_outside(emulator: GpuOfCpuTensors) -> None:
+    """As TRITON_DEBUG=1 does, which also looks for integers that overflow: only that id is at fault."""
+    weight, ids = torch.randn(50, 64), torch.tensor([3, 49, 0])
+    x, (cos, sin) = torch.randn(1, 2, 3, 8), angles(40, 3)
+    given = options(64, (3,), dtype=torch.float32, **CASES["vaswani"])
+    given["positions"] = torch.tensor([3, 10**7, -(10**7)])
+
+    def kinds(call: Callable[[], Any]) -> set[str]:
+        (launch,) = record(80, call)
+        options = launch.options | {"debug": True}
+        return triton_run.launch(
+            launch.kernel, launch.grid, *launch.args, arch=80, check=False, **options
+        ).kinds()
+
+    assert not kinds(lambda: triton_embed.embed(ids, weight, **given))
+    assert "trap" in kinds(lambda: triton_embed.embed(ids + 1, weight, **given))
+    rope = {"layout": "half", "positions": torch.tensor([0, 39, 7])}
+    assert not kinds(lambda: triton_rope.rope(x, cos, sin, **rope))
+    rope["positions"] += 1
+    assert "trap" in kinds(lambda: triton_rope.rope(x, cos, sin, **rope))
+
+
 # ---- sinusoids, wide rows, long runs --------------------------------------------------------------
 
 

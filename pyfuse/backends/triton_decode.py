@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Any
 
 import torch
@@ -46,6 +47,28 @@ def decode_attention(
     k_new: Tensor | None = None,
     v_new: Tensor | None = None,
     *,
+    return_lse: bool = False,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.decode_attention."""
+    o = empty_like_q(q, v_cache.shape[3])
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
+    if o.numel() > 0:
+        decode_into(o, lse, q, k_cache, v_cache, k_new, v_new, **options)
+        if k_new is not None:
+            torch._C._increment_version((k_cache, v_cache))  # as torch's own in-place writes do
+    return o if lse is None else (o, lse)
+
+
+def decode_into(
+    o: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    *,
     seqlens_k: Tensor,
     block_table: Tensor | None = None,
     causal: bool = True,
@@ -54,28 +77,25 @@ def decode_attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     scale: float = 1.0,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.decode_attention."""
+) -> None:
+    """Write o, lse if it is there, and what is new into the cache. Lengths and tables stay on the GPU."""
     batch, heads, m, d = q.shape
     _, heads_k, n, dv = v_cache.shape
-    o = empty_like_q(q, dv)
-    lse = q.new_empty((batch, heads, m), dtype=torch.float32) if return_lse else None
-    if o.numel() == 0:
-        return o if lse is None else (o, lse)
+    group = heads // heads_k
     page_size, page_bits, table_strides = None, None, None
     if block_table is not None:
         page_size, table_strides = n, block_table.stride()
         n *= block_table.shape[1]
         if page_size & (page_size - 1) == 0:
             page_bits = page_size.bit_length() - 1
+    unit, (q_strides, k_strides, v_strides) = in_units(q, k_cache, v_cache)
     new_strides = None if k_new is None or v_new is None else (strides(k_new), strides(v_new))
+    o_strides, length_stride = strides(o), seqlens_k.stride(0)
+
     device, configs = triton_device.of(q), kernels("decode_configs")
-    group = heads // heads_k
+    arch, size = device.arch, q.element_size()
     fold = softcap is None and alibi_slopes is None and scale > 0.0
-    plan = configs.plan(
-        m * group, d, dv, q.element_size(), device.arch, page_size, fold, precision(q, device.arch)
-    )
+    plan = configs.plan(m * group, d, dv, size, arch, page_size, unit, fold, precision(q, arch))
     tiles = -(-m * group // plan.block_m) * batch * heads_k
     processors = getattr(device, "multiprocessors", configs.MULTIPROCESSORS)
     splits = configs.splits(tiles, n, processors)
@@ -84,11 +104,10 @@ def decode_attention(
         partial = q.new_empty(batch * heads * m * splits * (dv + 2), dtype=torch.float32)
     scale, softcap = score_factors(scale, softcap)
     left, right = limits(causal, window, m + n)
-    o_strides, length_stride = strides(o), seqlens_k.stride(0)
     args = (
-        q, k_cache, v_cache, o, lse, partial, strides(q), strides(k_cache), strides(v_cache), o_strides, seqlens_k,
-        length_stride, block_table, table_strides, page_size, page_bits, k_new, v_new, new_strides, batch, heads_k,
-        group, m, n, scale, softcap, left, right, sinks, alibi_slopes, splits,
+        q, k_cache, v_cache, o, lse, partial, q_strides, k_strides, v_strides, o_strides, seqlens_k, length_stride,
+        block_table, table_strides, page_size, page_bits, k_new, v_new, new_strides, batch, heads_k, group, m, n, scale,
+        softcap, left, right, sinks, alibi_slopes, splits,
     )  # fmt: skip
     programs = tiles * splits if k_new is None else tiles * (splits + 1)
     module = kernels("flash_decode")
@@ -97,9 +116,14 @@ def decode_attention(
         sums = (
             partial, o, lse, o_strides, seqlens_k, length_stride, heads, group, m, n, left, right, sinks, splits,
         )  # fmt: skip
-        device.launch(
-            module.merge_kernel, (batch * heads * m, plan.merge_programs), sums, plan.merge
-        )
-    if k_new is not None:
-        torch._C._increment_version((k_cache, v_cache))  # as torch's own in-place writes do
-    return o if lse is None else (o, lse)
+        grid = (batch * heads * m, plan.merge_programs)
+        device.launch(module.merge_kernel, grid, sums, plan.merge)
+
+
+def in_units(*tensors: Tensor) -> tuple[int, list[tuple[int, ...]]]:
+    """(unit, strides in units), for kernels that must not see 24 as a number that 16 does not divide."""
+    all_strides = [strides(t) for t in tensors]
+    if all(t.shape[3] % 16 == 0 for t in tensors):
+        return 1, all_strides
+    unit = gcd(16, *(s for x in all_strides for s in x))
+    return unit, [tuple(s // unit for s in x) for x in all_strides]
