@@ -217,3 +217,72 @@ def test_sum_with_neutral_elements() -> None:
         == 20
     )
     run(body.replace("INIT", ""), torch.ones(20), n=20).only("uninitialised", "lane 0 and 31 more")
+
+
+HALVES = """
+.reg .b16 known, never;
+mov.u16 known, 7;
+mov.b32 r1, 0x04030201;
+mov.b32 r2, {known, never}; // its lower half is defined
+mov.b32 r3, {never, known};
+mov.b64 d5, {r1, r9};
+"""  # r9 is never written
+
+
+@pytest.mark.parametrize(
+    ("steps", "known"),
+    [
+        ("prmt.b32 r0, r1, r9, 0x3120;", True),  # no byte of r9
+        ("prmt.b32 r0, r9, r1, 0x7654;", True),
+        ("prmt.b32 r0, r1, r9, 0x3124;", False),
+        ("prmt.b32 r0, r2, r3, 0x7610;", True),  # the halves that are defined
+        ("prmt.b32 r0, r2, r3, 0x5410;", False),
+        ("prmt.b32 r0, r2, r3, 0xff9e;", True),  # signs of their bytes
+        ("prmt.b32 r0, r1, r1, r9;", False),  # whatever is taken, it is not known which
+        ("prmt.b32.rc16 r0, r2, r9, 0;", True),
+        ("prmt.b32.rc16 r0, r2, r9, 1;", False),
+        ("and.b32 r0, r2, 0xffff;", True),
+        ("and.b32 r0, r2, 0x1ffff;", False),
+        ("or.b32 r0, r3, 0xffff;", True),
+        ("or.b32 r0, r3, 0xfffe;", False),
+        ("and.b32 r0, r9, 0;", True),
+        ("xor.b32 r0, r9, r9;", False),
+        ("not.b32 r0, r2;", False),
+        ("shl.b32 r0, r2, 16;", True),
+        ("shl.b32 r0, r2, 15;", False),
+        ("shr.u32 r0, r3, 16;", True),
+        ("shr.s32 r0, r3, 20;", True),
+        ("shr.s32 r0, r2, 20;", False),
+        ("shr.u32 r0, r3, r9;", False),
+        ("shf.l.wrap.b32 r0, r3, r2, 16;", True),
+        ("shf.r.wrap.b32 r0, r2, r3, 16;", False),
+        ("shf.r.clamp.b32 r0, r9, r1, 32;", True),
+        ("lop3.b32 r0, r1, r9, r1, 0xf0;", True),  # its table is that of the first operand
+        ("lop3.b32 r0, r2, r3, r9, 0xc0;", False),
+        ("lop3.b32 r0, r2, 0xffff, r9, 0xc0;", True),
+        ("bfi.b32 r0, r2, r3, 0, 16;", True),
+        ("bfi.b32 r0, r9, r1, 4, 0;", True),
+        ("bfi.b32 r0, r2, r3, 0, 15;", False),
+        ("bfe.u32 r0, r2, 3, 13;", True),
+        ("bfe.s32 r0, r2, 3, 14;", False),
+        ("bfe.u32 r0, r1, 3, r9;", False),
+        ("and.b64 d5, d5, 0xffffffff;\ncvt.u32.u64 r0, d5;", True),
+        ("shr.u64 d5, d5, 31;\ncvt.u32.u64 r0, d5;", False),
+        ("shl.b64 d5, d5, 32;\nshr.u64 d5, d5, 32;\ncvt.u32.u64 r0, d5;", True),
+    ],
+)
+def test_bits_that_are_not_taken(steps: str, known: bool) -> None:
+    """Compilers leave operands undefined of which an instruction takes no bit; nothing is asked of those."""
+    found = run(HALVES + steps + "\n" + STORE, words(32))
+    assert found.report.kinds() == (set() if known else {"uninitialised"})
+
+
+def test_bits_of_some_lanes() -> None:
+    """The selector of lanes from 20 on takes a byte of what was never written; the result takes its operand's place."""
+    body = """
+    mov.u32 r1, 0x04030201;
+    setp.lt.u32 p0, tid, 20;
+    selp.u32 r2, 0x3210, 0x4210, p0;
+    prmt.b32 r0, r1, r0, r2;
+    """
+    run(body + STORE, words(32)).only("uninitialised", "lane 20 and 11 more")

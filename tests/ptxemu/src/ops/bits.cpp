@@ -40,6 +40,11 @@ T shift_right(T a, uint32_t n) {
 }
 
 template <class T>
+T shift_right_signed(T a, uint32_t n) {
+  return static_cast<T>(shift_right(static_cast<std::make_signed_t<T>>(a), n));
+}
+
+template <class T>
 uint32_t count_ones(T a) {
   return static_cast<uint32_t>(__builtin_popcountll(a));
 }
@@ -187,7 +192,6 @@ void decode_logic(Decoder& d) {
   const Type type = d.peek_type() == Type::Pred ? d.take_type() : take_bits(d);
   d.inst.counted = Class::Int;
   same_type_operands(d, type, kLogic == Logic::Not ? 1 : 2);
-  d.inst.in_halves = true;
   if (type == Type::Pred) {
     if (kLogic == Logic::Not) d.inst.o[2] = d.inst.o[1];
     d.inst.run = &run_predicates<kLogic>;
@@ -195,16 +199,16 @@ void decode_logic(Decoder& d) {
   }
   switch (kLogic) {
     case Logic::And:
-      d.inst.run = PTXEMU_BY_BITS(d, type, bit_and);
+      d.inst.run = PTXEMU_HANDLE_BITS(d, type, OfTwo, bit_and);
       return;
     case Logic::Or:
-      d.inst.run = PTXEMU_BY_BITS(d, type, bit_or);
+      d.inst.run = PTXEMU_HANDLE_BITS(d, type, OfTwo, bit_or);
       return;
     case Logic::Xor:
-      d.inst.run = PTXEMU_BY_BITS(d, type, bit_xor);
+      d.inst.run = PTXEMU_HANDLE_BITS(d, type, OfTwo, bit_xor);
       return;
     case Logic::Not:
-      d.inst.run = PTXEMU_BY_BITS(d, type, bit_not);
+      d.inst.run = PTXEMU_HANDLE_BITS(d, type, OfOne, bit_not);
       return;
   }
 }
@@ -226,11 +230,11 @@ void decode_shift(Decoder& d) {
   d.inst.o[1] = d.src(d.arg(1), type);
   d.inst.o[2] = d.src(d.arg(2), Type::U32);
   if (left)
-    d.inst.run = PTXEMU_BY_BITS(d, type, shift_left);
+    d.inst.run = PTXEMU_HANDLE_BITS(d, type, OfOne, shift_left);
   else if (is_signed(type))
-    d.inst.run = PTXEMU_BY_INTEGER(d, type, shift_right);
+    d.inst.run = PTXEMU_HANDLE_BITS(d, type, OfOne, shift_right_signed);
   else
-    d.inst.run = PTXEMU_BY_BITS(d, type, shift_right);
+    d.inst.run = PTXEMU_HANDLE_BITS(d, type, OfOne, shift_right);
 }
 
 // One source of 32 or 64 bits, a result of 32.
@@ -285,16 +289,16 @@ void decode_bfe(Decoder& d) {
   d.inst.o[3] = d.src(d.arg(3), Type::U32);
   switch (type) {
     case Type::U32:
-      d.inst.run = &Lanewise<&extract<uint32_t>>::run;
+      d.inst.run = &OfOne<&extract<uint32_t>>::run;
       return;
     case Type::S32:
-      d.inst.run = &Lanewise<&extract<int32_t>>::run;
+      d.inst.run = &OfOne<&extract<int32_t>>::run;
       return;
     case Type::U64:
-      d.inst.run = &Lanewise<&extract<uint64_t>>::run;
+      d.inst.run = &OfOne<&extract<uint64_t>>::run;
       return;
     case Type::S64:
-      d.inst.run = &Lanewise<&extract<int64_t>>::run;
+      d.inst.run = &OfOne<&extract<int64_t>>::run;
       return;
     default:
       d.refuse("needs .u32, .s32, .u64 or .s64");
@@ -311,9 +315,9 @@ void decode_bfi(Decoder& d) {
   d.inst.o[3] = d.src(d.arg(3), Type::U32);
   d.inst.o[4] = d.src(d.arg(4), Type::U32);
   if (type == Type::B32)
-    d.inst.run = &Lanewise<&insert<uint32_t>>::run;
+    d.inst.run = &OfTwo<&insert<uint32_t>>::run;
   else if (type == Type::B64)
-    d.inst.run = &Lanewise<&insert<uint64_t>>::run;
+    d.inst.run = &OfTwo<&insert<uint64_t>>::run;
   else
     d.refuse("needs .b32 or .b64");
 }
@@ -323,9 +327,8 @@ void decode_shf(Decoder& d) {
   if (d.take_type() != Type::B32) d.refuse("needs .b32");
   d.inst.counted = Class::Int;
   same_type_operands(d, Type::B32, 3);
-  d.inst.run =
-      right ? (wrap ? &Lanewise<&funnel_right<true>>::run : &Lanewise<&funnel_right<false>>::run)
-            : (wrap ? &Lanewise<&funnel_left<true>>::run : &Lanewise<&funnel_left<false>>::run);
+  d.inst.run = right ? (wrap ? &OfTwo<&funnel_right<true>>::run : &OfTwo<&funnel_right<false>>::run)
+                     : (wrap ? &OfTwo<&funnel_left<true>>::run : &OfTwo<&funnel_left<false>>::run);
 }
 
 void decode_lop3(Decoder& d) {
@@ -333,7 +336,7 @@ void decode_lop3(Decoder& d) {
   d.inst.counted = Class::Int;
   same_type_operands(d, Type::B32, 4);
   d.integer(d.arg(4));
-  d.inst.run = &Lanewise<&lop3>::run;
+  d.inst.run = &Bitwise<&lop3, 3>::run;
 }
 
 void decode_prmt(Decoder& d) {
@@ -342,10 +345,10 @@ void decode_prmt(Decoder& d) {
   const int mode = d.take_one({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"}, 6);
   same_type_operands(d, Type::B32, 3);
   static constexpr Handler kHandlers[] = {
-      &Lanewise<&permute<Permute::Forward4>>::run,   &Lanewise<&permute<Permute::Backward4>>::run,
-      &Lanewise<&permute<Permute::Replicate8>>::run, &Lanewise<&permute<Permute::EdgeLeft>>::run,
-      &Lanewise<&permute<Permute::EdgeRight>>::run,  &Lanewise<&permute<Permute::Replicate16>>::run,
-      &Lanewise<&permute<Permute::Default>>::run};
+      &OfTwo<&permute<Permute::Forward4>>::run,   &OfTwo<&permute<Permute::Backward4>>::run,
+      &OfTwo<&permute<Permute::Replicate8>>::run, &OfTwo<&permute<Permute::EdgeLeft>>::run,
+      &OfTwo<&permute<Permute::EdgeRight>>::run,  &OfTwo<&permute<Permute::Replicate16>>::run,
+      &OfTwo<&permute<Permute::Default>>::run};
   d.inst.run = kHandlers[mode];
 }
 

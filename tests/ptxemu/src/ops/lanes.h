@@ -2,6 +2,8 @@
 // ordinary functions.
 #pragma once
 
+#include <tuple>
+
 #include "../decoder.h"
 #include "../machine.h"
 
@@ -43,6 +45,68 @@ struct Lanewise<F> {
   }
 };
 
+template <class F>
+inline void each_lane(Mask lanes, F f) {
+  for (Mask left = lanes; left; left &= left - 1) f(__builtin_ctz(left));
+}
+
+/// The same for an F that moves or combines single bits of its first kData operands, as its other
+/// operands say: a half of the result is defined whatever was undefined in what it takes no bit of.
+/// of.
+template <auto F, size_t kData>
+struct Bitwise;
+
+template <class D, class... S, D (*F)(S...), size_t kData>
+struct Bitwise<F, kData> {
+  static void run(Warp& w, const Inst& inst, Mask lanes) {
+    Mask low = lanes, high = lanes, all = kAllLanes;
+    for (size_t i = 1; i <= sizeof...(S); ++i) all &= w.defined[inst.o[i].row];
+    const Mask doubtful = lanes & ~all;
+    if (doubtful)
+      each_lane(doubtful, [&](int lane) {  // before the values: o[0] may be a source
+        const D open = undefined_bits(w, inst, lane, std::index_sequence_for<S...>());
+        if (open & lower<D>()) low &= ~(Mask{1} << lane);
+        if (open & static_cast<D>(~lower<D>())) high &= ~(Mask{1} << lane);
+      });
+    Lanewise<F>::run(w, inst, lanes);
+    if (doubtful == 0) return;
+    w.defined[inst.o[0].row] |= low & high;
+    w.define_halves(inst.o[0], lanes, low, high);
+  }
+
+ private:
+  template <class T>
+  static constexpr T lower() {
+    return static_cast<T>((uint64_t{1} << 4 * sizeof(T)) - 1);
+  }
+  /// A bit depends on undefined ones if it is not the same for all 0 and all 1 in each operand.
+  template <size_t... I>
+  static D undefined_bits(Warp& w, const Inst& inst, int lane, std::index_sequence<I...>) {
+    const std::tuple<S...> values{w.row<S>(inst.o[I + 1])[lane]...};
+    const std::tuple<S...> open{undefined_in<S>(w, inst.o[I + 1], lane)...};
+    if (((I >= kData && std::get<I>(open) != 0) || ...)) return static_cast<D>(~D{0});
+    const auto at = [&](unsigned ones) {
+      return F(static_cast<S>((std::get<I>(values) & ~std::get<I>(open)) |
+                              (ones >> I & 1 ? std::get<I>(open) : S{0}))...);
+    };
+    D differs = 0;
+    for (unsigned ones = 1; ones < 1u << kData; ++ones) differs |= at(0) ^ at(ones);
+    return differs;
+  }
+  template <class T>
+  static T undefined_in(Warp& w, Operand o, int lane) {
+    T open = 0;
+    if (!(w.low_defined(o.row) >> lane & 1)) open |= lower<T>();
+    if (!(w.high_defined(o.row) >> lane & 1)) open |= static_cast<T>(~lower<T>());
+    return open;
+  }
+};
+
+template <auto F>
+using OfOne = Bitwise<F, 1>;
+template <auto F>
+using OfTwo = Bitwise<F, 2>;
+
 /// o[0], a predicate, <- F(o[1], ...) in each active lane.
 template <auto F>
 struct LanewiseTest;
@@ -66,10 +130,5 @@ struct LanewiseTest<F> {
     return mask;
   }
 };
-
-template <class F>
-inline void each_lane(Mask lanes, F f) {
-  for (Mask left = lanes; left; left &= left - 1) f(__builtin_ctz(left));
-}
 
 }  // namespace ptxemu

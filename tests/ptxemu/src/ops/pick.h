@@ -25,15 +25,16 @@
   }()
 
 /// Bits of 16, 32 and 64.
-#define PTXEMU_BY_BITS(d, type, f)                                               \
+#define PTXEMU_BY_BITS(d, type, f) PTXEMU_HANDLE_BITS(d, type, Lanewise, f)
+#define PTXEMU_HANDLE_BITS(d, type, Handles, f)                                  \
   [&]() -> Handler {                                                             \
     switch (bits_of(type)) {                                                     \
       case 16:                                                                   \
-        return &Lanewise<&f<uint16_t>>::run;                                     \
+        return &Handles<&f<uint16_t>>::run;                                      \
       case 32:                                                                   \
-        return &Lanewise<&f<uint32_t>>::run;                                     \
+        return &Handles<&f<uint32_t>>::run;                                      \
       case 64:                                                                   \
-        return &Lanewise<&f<uint64_t>>::run;                                     \
+        return &Handles<&f<uint64_t>>::run;                                      \
       default:                                                                   \
         (d).refuse(std::string("type .") + name_of(type) + " is not supported"); \
     }                                                                            \
