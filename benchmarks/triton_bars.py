@@ -30,16 +30,8 @@ def triton() -> Iterator[Bar]:
 
 def _code(arch: int | str, kernel: str, **call: Any) -> Any:
     from launches import attention_launches
-    from ptxemu import sass
 
-    compiled = attention_launches(arch, **call)[kernel].compiled(arch)
-    parsed = (
-        sass.parse_gcn(compiled.amdgcn)
-        if isinstance(arch, str)
-        else sass.read_cubin(compiled.cubin)
-    )
-    (code,) = parsed.values()
-    return code
+    return attention_launches(arch, **call)[kernel].compiled(arch).code
 
 
 def _main_loops() -> Iterator[Bar]:

@@ -53,9 +53,9 @@ def family(arch: Arch) -> str:
 
 
 # (operation, head size, bytes of an element) -> {family: tiles}; "" is every other family, "extras" is for calls with a
-# mask, dropout, softcap or ALiBi, on every GPU: their steps need registers between the two products. "dropout" comes
-# before it: a warp for 16 rows at most. These are smaller than they may need to be, chosen to avoid reports of
-# undefined values with Triton 3.9.0 that the emulator makes of a prmt whose undefined operand gives no byte.
+# mask, dropout, softcap or ALiBi: their steps need registers between the two products. On AMD's GPUs their own tiles do
+# unless "cdna-extras" says others. With all of them at once dkdv spills 16 to 40 bytes of a thread;
+# halving its tile to avoid that would cost every other call.
 _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     # Forward. 128 queries halve the loads of K and V per product; registers hold the scores and o, so that with
     # larger heads the keys of a tile become fewer.
@@ -73,8 +73,9 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "hopper": Tiles(128, 128, 8, 2),
         "blackwell": Tiles(128, 128, 8, 2),
         "cdna": Tiles(128, 64, 8, 1),
-        "extras": Tiles(64, 32, 8, 2),
-        "dropout": Tiles(128, 32, 8, 1),
+        "cdna-extras": Tiles(64, 64, 4, 1),
+        "blackwell-extras": Tiles(64, 32, 8, 2),
+        "extras": Tiles(128, 32, 8, 2),
     },
     ("fwd", 256, 2): {
         "": Tiles(64, 32, 8, 2),
@@ -82,8 +83,8 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "hopper": Tiles(128, 64, 8, 2),
         "blackwell": Tiles(128, 32, 8, 2),
         "cdna": Tiles(64, 32, 4, 1),
+        "cdna-extras": Tiles(64, 16, 4, 1),
         "extras": Tiles(64, 16, 8, 1),
-        "dropout": Tiles(32, 16, 4, 1),
     },
     # dk and dv: a block of keys stays in registers, with two accumulators; queries stream by.
     ("dkdv", 64, 2): {
@@ -92,22 +93,21 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "blackwell": Tiles(64, 128, 8, 2),
         "cdna": Tiles(32, 64, 4, 1),
         "extras": Tiles(32, 64, 8, 1),
-        "dropout": Tiles(32, 64, 4, 1),
     },
     ("dkdv", 128, 2): {
         "": Tiles(64, 64, 8, 2),
         "hopper": Tiles(32, 128, 8, 2),
         "blackwell": Tiles(32, 128, 8, 2),
         "cdna": Tiles(16, 64, 4, 1),
+        "cdna-extras": Tiles(16, 64, 8, 1),
+        "blackwell-extras": Tiles(32, 64, 8, 1),
         "extras": Tiles(32, 64, 8, 2),
-        "dropout": Tiles(16, 64, 4, 1),
     },
     ("dkdv", 256, 2): {
         "": Tiles(32, 32, 8, 1),  # on Hopper by mma: wgmma's 64 rows of two accumulators spill
         "blackwell": Tiles(32, 64, 8, 2),
         "cdna": Tiles(16, 32, 4, 1),
         "extras": Tiles(16, 32, 8, 1),
-        "dropout": Tiles(16, 32, 4, 1),
     },
     # dq: one accumulator, and the keys stream by.
     ("dq", 64, 2): {
@@ -123,70 +123,73 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "hopper": Tiles(128, 64, 8, 2),
         "cdna": Tiles(64, 32, 8, 1),
         "extras": Tiles(64, 32, 8, 2),
-        "dropout": Tiles(64, 16, 4, 1),
     },
     ("dq", 256, 2): {
         "": Tiles(64, 32, 8, 2),
         "hopper": Tiles(32, 32, 8, 1),  # by mma, as for dk and dv
         "cdna": Tiles(32, 16, 4, 1),
         "extras": Tiles(32, 16, 8, 1),
-        "dropout": Tiles(32, 16, 4, 1),
     },
+    # The gradient of a mask: no accumulator, but scores and their gradients at once, and nothing streams by.
+    ("dmask", 64, 2): {"": Tiles(64, 32, 8, 1)},
+    ("dmask", 128, 2): {"": Tiles(32, 32, 8, 1)},
+    ("dmask", 256, 2): {"": Tiles(16, 32, 8, 1), "cdna": Tiles(16, 32, 4, 1)},
     # float32 in three bfloat16 parts: three copies of each operand in registers, so small tiles; wgmma reads those of K
-    # and V in shared memory. Heads above 64 spill all the same (up to 64 bytes of a thread at 128, 400 at 256): the
-    # parts of one row of an operand take half of its registers, and no tile is smaller than these.
+    # and V in shared memory. Heads above 64 spill all the same: the parts of one row of an operand take half of its
+    # registers, and no tile is smaller than these. Bytes of a thread: up to 64 at 128 and 550 at 256; with the gradient
+    # of a mask 32, 90 and 880 at 64, 128 and 256.
     ("fwd", 64, 4): {
         "": Tiles(64, 16, 8, 1),
         "hopper": Tiles(128, 32, 8, 2),
-        "dropout": Tiles(64, 16, 4, 1),
     },
     ("fwd", 128, 4): {
         "": Tiles(16, 16, 8, 1),
         "hopper": Tiles(64, 16, 4, 1),
-        "dropout": Tiles(64, 16, 4, 1),
     },
-    ("fwd", 256, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
+    ("fwd", 256, 4): {"": Tiles(16, 16, 8, 1)},
     ("dkdv", 64, 4): {
         "": Tiles(16, 32, 8, 1),
         "hopper": Tiles(32, 32, 8, 1),
-        "dropout": Tiles(16, 64, 4, 1),
     },
-    ("dkdv", 128, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(16, 64, 4, 1)},
-    ("dkdv", 256, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(16, 64, 4, 1)},
-    ("dq", 64, 4): {"": Tiles(32, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
-    ("dq", 128, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
-    ("dq", 256, 4): {"": Tiles(16, 16, 8, 1), "dropout": Tiles(64, 16, 4, 1)},
+    ("dkdv", 128, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dkdv", 256, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dq", 64, 4): {"": Tiles(32, 16, 8, 1)},
+    ("dq", 128, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dq", 256, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dmask", 64, 4): {"": Tiles(32, 16, 8, 1)},
+    ("dmask", 128, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dmask", 256, 4): {"": Tiles(16, 16, 8, 1)},
 }
 ROW_TERMS = Tiles(32, 0, 4, 1)  # bound by memory
 
 
 @lru_cache(maxsize=1024)
-def shipped(operation: str, d: int, size: int, arch: Arch, extras: bool, dropout: bool) -> Tiles:
-    """operation: "fwd", "dkdv", "dq"; d: the larger head size; size: bytes of an element; extras and dropout: as the
-    table says."""
+def shipped(operation: str, d: int, size: int, arch: Arch, extras: bool) -> Tiles:
+    """operation: "fwd", "dkdv", "dq", "dmask"; d: the larger head size; size: bytes of an element; extras: as the table
+    says."""
     table = _SHIPPED[operation, block(d, 64), size]
     kind = family(arch)
-    if not extras or (kind == "cdna" and not dropout):
-        return table.get(kind, table[""])
-    found = table.get("extras", table[""])
-    if dropout:
-        found = table.get("dropout", found)
-    # With a mask some operands pass through registers into shared memory once more. Pipelined, dq came out wrong there
-    # in the emulator; whether Triton or the emulator is at fault is not known.
-    return replace(found, stages=1) if kind in ("hopper", "blackwell") else found
+    own = table.get(kind, table[""])
+    if not extras:
+        return own
+    others = own if kind == "cdna" else table.get("extras", table[""])
+    found = table.get(f"{kind}-extras", others)
+    if operation == "dq" and kind in ("hopper", "blackwell"):
+        # With a mask K is multiplied as it is, and the rows loaded again that hold no NaN. Triton (3.7 to 3.9) gives
+        # the first of these loads one buffer, though the product reads it one stage later: the next tile by then.
+        return replace(found, stages=1)
+    return found
 
 
-def candidates(
-    operation: str, d: int, size: int, arch: Arch, extras: bool, dropout: bool
-) -> list[Tiles]:
+def candidates(operation: str, d: int, size: int, arch: Arch, extras: bool) -> list[Tiles]:
     """What autotuning tries: the shipped tiles first, then others of this table where nothing speaks against them."""
-    first = shipped(operation, d, size, arch, extras, dropout)
+    first = shipped(operation, d, size, arch, extras)
     if extras:
         return [first, replace(first, stages=1)] if first.stages > 1 else [first]
     others = [
         tiles
         for kind, tiles in _SHIPPED[operation, block(d, 64), size].items()
-        if kind not in ("extras", "dropout")
+        if not kind.endswith("extras")
     ]
     near = [
         Tiles(first.block_m, first.block_n, warps, stages)

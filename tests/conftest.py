@@ -35,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--emulated",
         choices=("sample", "all", "only"),
         default="sample",
-        help="tests of backends on emulated GPUs: a sample beside everything else (default), all of them, or all of "
-        "them and nothing else (make test-gpu)",
+        help="tests of backends on emulated GPUs, and those that compile for several: a sample beside everything else "
+        "(default), all of them, or all of them and nothing else (make test-gpu)",
     )
     parser.addoption(
         "--gpu-device",
@@ -58,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "emulated(sm_80=1, ...): of its tests on an emulated GPU of that kind one in so many runs, 0 for none",
     )
+    config.addinivalue_line("markers", "ahead_of_time: compiles for several GPUs, and runs nothing")
 
 
 def _targets(config: pytest.Config) -> list[Target]:
@@ -117,25 +118,35 @@ def _dtype_of(request: pytest.FixtureRequest) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the tests on an emulated GPU, one in so many, chosen by its name."""
+    """Of the tests on an emulated GPU, and of those that compile for several, one in so many, chosen by its name."""
     if config.getoption("--gpu-device") != "emulator":
         return
     wanted = config.getoption("--emulated")
     kept, left_out = [], []
     for item in items:
-        arch = _arch_of(item)
-        if arch is None:
+        share = _share_of(item)
+        if share is None:
             (left_out if wanted == "only" else kept).append(item)
             continue
-        shares = dict(EMULATED)
-        for marker in reversed(list(item.iter_markers("emulated"))):
-            shares.update({int(k.removeprefix("sm_")): n for k, n in marker.kwargs.items()})
-        share = shares[arch] * (SAMPLE if wanted == "sample" else 1)
+        share *= SAMPLE if wanted == "sample" else 1
         lucky = share > 0 and crc32(item.nodeid.encode()) % share == 0
         (kept if lucky else left_out).append(item)
     items[:] = kept
     if left_out:
         config.hook.pytest_deselected(items=left_out)
+
+
+def _share_of(item: pytest.Item) -> int | None:
+    """Of all tests like this one, one in so many runs; None for one that always runs."""
+    if item.get_closest_marker("ahead_of_time"):
+        return 1
+    arch = _arch_of(item)
+    if arch is None:
+        return None
+    shares = dict(EMULATED)
+    for marker in reversed(list(item.iter_markers("emulated"))):
+        shares.update({int(k.removeprefix("sm_")): n for k, n in marker.kwargs.items()})
+    return shares[arch]
 
 
 def _arch_of(item: pytest.Item) -> int | None:

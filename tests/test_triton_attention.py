@@ -8,9 +8,10 @@ import pytest
 import torch
 from emulated import standing_in
 from launches import attention_launches
-from ptxemu import sass
+from ptxemu.sass import Code
 
 import pyfuse
+from pyfuse.backends.triton_device import Arch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.triton
@@ -20,41 +21,37 @@ AMD = ("gfx90a", "gfx942")
 BF16 = torch.bfloat16
 KERNELS = ("flash_fwd_kernel", "row_terms_kernel", "flash_bwd_dkdv_kernel", "flash_bwd_dq_kernel")
 # Which instruction multiplies matrices.
-TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+TENSOR_CORES = {
+    80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA", "gfx90a": "v_mfma",
+    "gfx942": "v_mfma",
+}  # fmt: skip
 
 
-def cubin(arch: int, kernel: str, **call: Any) -> sass.Sass:
-    compiled = attention_launches(arch, **call)[kernel].compiled(arch)
-    (code,) = sass.read_cubin(compiled.cubin).values()
-    return code
+def code_of(arch: Arch, kernel: str, **call: Any) -> Code:
+    return attention_launches(arch, **call)[kernel].compiled(arch).code
 
 
-def assert_in_registers(code: sass.Sass) -> None:
-    spills = (
-        f"{code.name}: stack {code.stack} B, {code.spill_stores} stores, {code.spill_loads} loads"
-    )
-    assert code.stack == code.spill_stores == code.spill_loads == 0, spills
-
-
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("d", [64, 128, 256])
-@pytest.mark.parametrize("arch", NVIDIA)
-def test_half_precision_stays_in_registers(arch: int, d: int, kernel: str) -> None:
-    code = cubin(arch, kernel, d=d, dtype=BF16, causal=True)
-    assert_in_registers(code)
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_half_precision_stays_in_registers(arch: Arch, d: int, kernel: str) -> None:
+    code = code_of(arch, kernel, d=d, dtype=BF16, causal=True)
+    assert code.in_registers, code.spills
     if kernel == "flash_fwd_kernel":
         assert code.body.count(TENSOR_CORES[arch]) > 0
     elif kernel != "row_terms_kernel":
         assert code.body.mma > 0
 
 
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "row_terms_kernel"])
 @pytest.mark.parametrize("d, stack", [(64, 0), (128, 64), (256, 400)])
 @pytest.mark.parametrize("arch", [80, 90])
 def test_float32_spills_no_more_than_its_table_says(
     arch: int, d: int, stack: int, kernel: str
 ) -> None:
-    code = cubin(arch, kernel, d=d, dtype=torch.float32, causal=True)
+    code = code_of(arch, kernel, d=d, dtype=torch.float32, causal=True)
     assert code.stack <= stack and code.body.mma > 0
 
 
@@ -69,25 +66,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kernel", [*(k for k in KERNELS if k != "row_terms_kernel"), "flash_bwd_dmask_kernel"]
-)
+@pytest.mark.ahead_of_time
+@pytest.mark.parametrize("kernel", [k for k in KERNELS if k != "row_terms_kernel"])
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("d", [64, 128])
-def test_options_stay_in_registers(d: int, options: str, kernel: str) -> None:
-    if kernel == "flash_bwd_dmask_kernel" and options != "bias":
-        pytest.skip("no gradient of a mask there")
-    assert_in_registers(cubin(80, kernel, d=d, dtype=BF16, **OPTIONS[options]))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("d", [64, 128, 256])
-@pytest.mark.parametrize("arch", AMD)
-def test_amd_stays_in_registers(arch: str, d: int, kernel: str) -> None:
-    launch = attention_launches(arch, d, BF16, causal=True)[kernel]
-    (code,) = sass.parse_gcn(launch.compiled(arch).amdgcn).values()
-    assert code.vgpr_spills == 0 and code.stack == 0
-    assert kernel == "row_terms_kernel" or code.body.count("v_mfma") > 0
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_options_stay_in_registers(arch: Arch, d: int, options: str, kernel: str) -> None:
+    code = code_of(arch, kernel, d=d, dtype=BF16, **OPTIONS[options])
+    assert code.in_registers, code.spills
+
+
+@pytest.mark.ahead_of_time
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("arch", NVIDIA + AMD)
+def test_gradient_of_a_mask_stays_in_registers(arch: Arch, d: int) -> None:
+    code = code_of(arch, "flash_bwd_dmask_kernel", d=d, dtype=BF16, **OPTIONS["bias"])
+    assert code.in_registers, code.spills
 
 
 # Instructions in the interior loop for each that multiplies matrices: all, and what must not creep in.
@@ -103,7 +97,7 @@ LOOPS: dict[tuple[str, int], float] = {
 
 @pytest.mark.parametrize("kernel, d", LOOPS)
 def test_interior_loop_has_no_more_instructions_than(kernel: str, d: int) -> None:
-    loop = cubin(80, kernel, d=d, dtype=BF16, causal=True).main_loop
+    loop = code_of(80, kernel, d=d, dtype=BF16, causal=True).main_loop
     assert 1.0 < loop.per_mma() <= LOOPS[kernel, d]
     assert loop.count("FSEL", "SEL") == 0, "the interior masks nothing"
 
@@ -111,7 +105,7 @@ def test_interior_loop_has_no_more_instructions_than(kernel: str, d: int) -> Non
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize("arch", [90, 100, 120])
 def test_the_copy_engine_loads_keys_and_values(arch: int, d: int) -> None:
-    loop = cubin(arch, "flash_fwd_kernel", d=d, dtype=BF16, causal=True).main_loop
+    loop = code_of(arch, "flash_fwd_kernel", d=d, dtype=BF16, causal=True).main_loop
     assert loop.count("UTMALDG") == 2 and loop.count("LDGSTS", "LDG") == 0
 
 

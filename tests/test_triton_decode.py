@@ -11,7 +11,6 @@ import torch
 from decode_cases import Case, build
 from emulated import GpuOfCpuTensors, standing_in
 from launches import Launch, record
-from ptxemu import sass
 from ptxemu.gpu import Emulator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,12 +57,6 @@ def launches(arch: triton_device.Arch, **arguments: Any) -> list[Launch]:
     return record(arch, lambda: call(**arguments))
 
 
-def code_of(launch: Launch, arch: int) -> tuple[sass.Sass, str]:
-    compiled = launch.compiled(arch)
-    (code,) = sass.read_cubin(compiled.cubin).values()
-    return code, compiled.ptx
-
-
 # Between them: every tile of rows, each kind of cache, appending, and whatever steps cost registers.
 EXTRAS: dict[str, Any] = {
     "causal": False, "window": (100, 3), "softcap": 30.0, "alibi_slopes": torch.ones(8), "sinks": torch.ones(8),
@@ -86,43 +79,41 @@ COMPILED = [
 ]
 
 
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize("arch, name", COMPILED)
 def test_half_precision_stays_in_registers_and_moves_16_bytes(arch: int, name: str) -> None:
-    code, ptx = code_of(launches(arch, **CALLS[name])[0], arch)
-    assert code.stack == code.spill_stores == code.spill_loads == 0
-    assert code.body.mma > 0
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*\], (\w+)", ptx)
+    compiled = launches(arch, **CALLS[name])[0].compiled(arch)
+    assert compiled.code.in_registers and compiled.code.body.mma > 0
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*\], (\w+)", compiled.ptx)
     entries = {"0x4"} if "page_size" in CALLS[name] else set()  # of the table
     assert {"0x10"} <= set(copies) <= {"0x10"} | entries
-    assert not re.search(r"ld\.global[.\w]*\.[bu]16\b", ptx)
+    assert not re.search(r"ld\.global[.\w]*\.[bu]16\b", compiled.ptx)
 
 
 def test_the_merging_kernel_stays_in_registers() -> None:
     _, merge = launches(80, d=128, sinks=torch.ones(4))
-    code, _ = code_of(merge, 80)
-    assert code.stack == code.spill_stores == code.spill_loads == 0
+    assert merge.compiled(80).code.in_registers
 
 
 @pytest.mark.parametrize(
     "arch, d, stack", [(80, 64, 0), (80, 128, 0), (90, 128, 0), (120, 256, 120)]
 )
 def test_float32_spills_no_more_than_this(arch: int, d: int, stack: int) -> None:
-    code, _ = code_of(launches(arch, d=d, dtype=torch.float32)[0], arch)
+    code = launches(arch, d=d, dtype=torch.float32)[0].compiled(arch).code
     assert code.stack <= stack and code.body.mma > 0
 
 
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize("name", ["64-in-one-piece", "128-pages-of-16", "everything"])
 @pytest.mark.parametrize("arch", AMD)
 def test_amd_stays_in_registers(arch: str, name: str) -> None:
-    compiled = launches(arch, **CALLS[name])[0].compiled(arch)
-    (code,) = sass.parse_gcn(compiled.amdgcn).values()
-    assert code.vgpr_spills == 0 and code.stack == 0
-    assert code.body.count("v_mfma") > 0
+    code = launches(arch, **CALLS[name])[0].compiled(arch).code
+    assert code.in_registers and code.body.count("v_mfma") > 0
 
 
 @pytest.mark.parametrize("name, issue", [("64-in-one-piece", 8.8), ("128-pages-of-16", 14.0)])
 def test_interior_loop_has_no_more_instructions_than(name: str, issue: float) -> None:
-    loop = code_of(launches(80, **CALLS[name])[0], 80)[0].main_loop
+    loop = launches(80, **CALLS[name])[0].compiled(80).code.main_loop
     assert 1.0 < loop.per_mma() <= issue
     assert loop.count("FSEL") == 0, "the interior masks nothing"
     assert loop.count("BAR") <= 6, "warps meet for the maximum, the weights and the copies"

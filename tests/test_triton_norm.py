@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from conftest import Target
 from emulated import standing_in
+from launches import Launch
 from norm_cases import (
     NormCall,
     NormCase,
@@ -22,25 +23,18 @@ from norm_cases import (
 )
 from numerics import assert_bitwise_equal
 from ptxemu import Report, triton_run
-from ptxemu.sass import Code, Gcn, Sass, parse_gcn, read_cubin
+from ptxemu.sass import Code
 from torch import Tensor
 
 import pyfuse
 from pyfuse.backends import triton_device
+from pyfuse.backends.triton_device import Arch
 
 pytest.importorskip("triton")
 norm_configs = triton_device.kernels("norm_configs")
 pytestmark = pytest.mark.triton
 ON_80 = Target("triton", arch=80)
 SECTOR = 32
-Arch = int | str
-
-
-class Launch(NamedTuple):
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
 
 
 class Device:
@@ -69,17 +63,13 @@ class Device:
 
     def codes(self) -> Iterator[Code]:
         """The machine code of each launch."""
-        for kernel, _, args, options in self.launches:
-            made = triton_run.compile_kernel(kernel, *args, arch=self.arch, **options)
-            cuda = isinstance(self.arch, int)
-            yield from (read_cubin(made.cubin) if cuda else parse_gcn(made.amdgcn)).values()
+        return (launch.compiled(self.arch).code for launch in self.launches)
 
     def accesses(self) -> Iterator[set[str]]:
         """The kinds of global accesses in the PTX of each launch that goes through rows."""
-        assert isinstance(self.arch, int)
-        for kernel, _, args, options in self.launches:
-            if kernel.__name__ != "add_programs_kernel":
-                ptx = triton_run.compile_ptx(kernel, *args, arch=self.arch, **options)
+        for launch in self.launches:
+            if launch.kernel.__name__ != "add_programs_kernel":
+                ptx = launch.compiled(self.arch).ptx
                 yield set(re.findall(r"\b((?:ld|st)\.global\.[\w.]*)", ptx))
 
 
@@ -193,12 +183,7 @@ def test_registers_suffice(arch: Arch) -> None:
         with on(arch, runs=False) as device:
             kernel_gradients(call, "triton")
         for code in device.codes():
-            spilled = [code.stack]
-            if isinstance(code, Sass):
-                spilled += [code.spill_loads, code.spill_stores]
-            if isinstance(code, Gcn):
-                spilled += [code.vgpr_spills]
-            assert not any(spilled), f"{case}, {code.name}: {spilled}, {code.registers} registers"
+            assert code.in_registers, f"{case}, {code.name}: {code.spills}"
 
 
 # Sizes around those where a tile has one row, a row has another number of threads, two passes begin.

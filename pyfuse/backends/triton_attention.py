@@ -203,18 +203,17 @@ class Call:
     ) -> None:
         """Start the kernel with the tiles of this operation: those shipped, or the fastest ones."""
         configs, d, size = kernels("configs"), max(self.d, self.dv), q.element_size()
-        dropped = self.dropout[0] is not None
 
         def start(tiles: Any) -> None:
             options = self.constants | tiles.options | constants
             self.device.launch(kernel, (programs(tiles),), args, options)
 
         if not triton_tune.enabled:
-            start(configs.shipped(operation, d, size, self.arch, self.extras, dropped))
+            start(configs.shipped(operation, d, size, self.arch, self.extras))
             return
         kind = (str(q.dtype), *self.constants.items(), *constants.items(), self.left is None, self.right is None,
                 block_of(self.m), block_of(self.n), block_of(self.batch * self.heads))  # fmt: skip
-        choices = configs.candidates(operation, d, size, self.arch, self.extras, dropped)
+        choices = configs.candidates(operation, d, size, self.arch, self.extras)
         start(triton_tune.choose(self.device, kernel, kind, choices, start))
 
     def programs(self, rows: int, heads: int, block: int) -> int:

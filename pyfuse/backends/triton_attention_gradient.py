@@ -228,7 +228,7 @@ class _Backward:
         dtype = mask.dtype if whole else torch.float32
         result = torch.empty(sizes, dtype=dtype, device=mask.device)
         tiles = kernels("configs").shipped(
-            "dq", max(call.d, call.dv), self.size, call.arch, True, call.dropout[0] is not None
+            "dmask", max(call.d, call.dv), self.size, call.arch, True
         )
         args = (
             *self.inputs, result, *self.strides, self.rows, result.stride(),

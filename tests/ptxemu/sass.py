@@ -75,6 +75,15 @@ class Code:
         return Mix(Counter(i.opcode for i in self.instructions))
 
     @property
+    def spills(self) -> int:
+        """Registers, or accesses to memory in their place."""
+        raise NotImplementedError
+
+    @property
+    def in_registers(self) -> bool:
+        return self.stack == 0 and self.spills == 0
+
+    @property
     def main_loop(self) -> Mix:
         """The innermost loop with most tensor-core instructions (the shorter of two equals); without any, the longest.
 
@@ -93,6 +102,10 @@ class Sass(Code):
     """A kernel for NVIDIA's GPUs. Spills are all accesses to local memory, those of local arrays included."""
 
     @property
+    def spills(self) -> int:
+        return self.spill_stores + self.spill_loads
+
+    @property
     def spill_stores(self) -> int:
         return self.body.count("STL")
 
@@ -108,7 +121,11 @@ class Gcn(Code):
     accumulators: int
     scalars: int
     vgpr_spills: int
-    sgpr_spills: int
+    sgpr_spills: int  # into lanes of vector registers
+
+    @property
+    def spills(self) -> int:
+        return self.vgpr_spills
 
 
 def read_cubin(cubin: bytes | Path) -> dict[str, Sass]:

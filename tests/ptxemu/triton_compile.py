@@ -16,6 +16,7 @@ import torch
 import ptxemu
 
 from . import build
+from .sass import Code, parse_gcn, read_cubin
 
 if TYPE_CHECKING:
     from triton import JITFunction
@@ -47,6 +48,13 @@ class Compiled:
     @property
     def amdgcn(self) -> str:
         return self.kernel.asm["amdgcn"]
+
+    @property
+    def code(self) -> Code:
+        """The machine code; of a module with one kernel."""
+        amd = isinstance(self.arch, str)
+        (code,) = (parse_gcn(self.amdgcn) if amd else read_cubin(self.cubin)).values()
+        return code
 
     @property
     def threads(self) -> int:
