@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,12 +114,42 @@ def forward_into(
         args,
         q,
         lambda tiles: call.programs(call.m, call.heads, tiles.block_m),
-        TMA=tma,
+        ("TMA", tma),
     )
 
 
-@dataclass(frozen=True)
-class Call:
+class Kind(NamedTuple):
+    """What kernels of all operations are compiled for."""
+
+    d: int
+    dv: int
+    block_b: int
+    fold: bool
+    precision: str
+
+
+@lru_cache(maxsize=1024)
+def constants_of(kind: Kind) -> dict[str, Any]:
+    """The constexpr arguments; not to be changed."""
+    block = kernels("configs").block
+    return {
+        "D": kind.d,
+        "Dv": kind.dv,
+        "BLOCK_D": block(kind.d),
+        "BLOCK_DV": block(kind.dv),
+        "BLOCK_B": kind.block_b,
+        "FOLD": kind.fold,
+        "PRECISION": kind.precision,
+    }
+
+
+@lru_cache(maxsize=1024)
+def options_of(kind: Kind, tiles: Any, *more: tuple[str, Any]) -> dict[str, Any]:
+    """Those and the tiles'; not to be changed."""
+    return constants_of(kind) | tiles.options | dict(more)
+
+
+class Call(NamedTuple):
     """A call as the kernels of both directions take it. m and n: of all sequences together where they are packed."""
 
     device: triton_device.Device
@@ -129,8 +159,6 @@ class Call:
     group: int
     m: int
     n: int
-    d: int
-    dv: int
     scale: float
     softcap: float | None
     left: int | None
@@ -140,7 +168,7 @@ class Call:
     packed: bool
     dropout: triton_device.DropoutWords
     extras: bool  # a mask, dropout, softcap or ALiBi: steps between the two products
-    constants: dict[str, Any]
+    kind: Kind
 
     @classmethod
     def of(
@@ -175,21 +203,13 @@ class Call:
         plain = (
             softcap is None and alibi_slopes is None and (mask is None or mask.dtype == torch.bool)
         )
-        block = kernels("configs").block
-        constants = {
-            "D": d,
-            "Dv": dv,
-            "BLOCK_D": block(d),
-            "BLOCK_DV": block(dv),
-            "BLOCK_B": min(block(batch + 2), 1024) if cu_q is not None else 1,
-            "FOLD": plain and scale > 0.0,
-            "PRECISION": precision(q, device.arch),
-        }
+        block_b = 1 if cu_q is None else min(kernels("configs").block(batch + 2), 1024)
         return cls(
-            device, device.arch, batch, heads, heads // groups, m, n, d, dv, *score_factors(scale, softcap), left,
-            right, mask, None if mask is None else mask.stride(), cu_q is not None,
+            device, device.arch, batch, heads, heads // groups, m, n, *score_factors(scale, softcap), left, right,
+            mask, None if mask is None else mask.stride(), cu_q is not None,
             triton_device.dropout_words(dropout_p, dropout_seed),
-            not plain or mask is not None or dropout_p > 0.0, constants,
+            not plain or mask is not None or dropout_p > 0.0,
+            Kind(d, dv, block_b, plain and scale > 0.0, precision(q, device.arch)),
         )  # fmt: skip
 
     def launch(
@@ -199,22 +219,22 @@ class Call:
         args: tuple[Any, ...],
         q: Tensor,
         programs: Callable[[Any], int],
-        **constants: Any,
+        *more: tuple[str, Any],
     ) -> None:
-        """Start the kernel with the tiles of this operation: those shipped, or the fastest ones."""
-        configs, d, size = kernels("configs"), max(self.d, self.dv), q.element_size()
+        """Start the kernel with the tiles of this operation: those shipped, or the fastest ones. more: constants of it
+        alone."""
+        configs, kind = kernels("configs"), self.kind
+        what = (operation, max(kind.d, kind.dv), q.element_size(), self.arch, self.extras)
 
         def start(tiles: Any) -> None:
-            options = self.constants | tiles.options | constants
-            self.device.launch(kernel, (programs(tiles),), args, options)
+            self.device.launch(kernel, (programs(tiles),), args, options_of(kind, tiles, *more))
 
         if not triton_tune.enabled:
-            start(configs.shipped(operation, d, size, self.arch, self.extras))
+            start(configs.shipped(*what))
             return
-        kind = (str(q.dtype), *self.constants.items(), *constants.items(), self.left is None, self.right is None,
-                block_of(self.m), block_of(self.n), block_of(self.batch * self.heads))  # fmt: skip
-        choices = configs.candidates(operation, d, size, self.arch, self.extras)
-        start(triton_tune.choose(self.device, kernel, kind, choices, start))
+        alike = (str(q.dtype), *kind, *more, self.left is None, self.right is None,
+                 block_of(self.m), block_of(self.n), block_of(self.batch * self.heads))  # fmt: skip
+        start(triton_tune.choose(self.device, kernel, alike, configs.candidates(*what), start))
 
     def programs(self, rows: int, heads: int, block: int) -> int:
         """One for each block of rows of each head; the sequences of a packed batch may all end within a block."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import triton_attention as forward
-from pyfuse.backends.triton_attention import Call, strides
+from pyfuse.backends.triton_attention import Call, options_of, strides
 from pyfuse.backends.triton_device import kernels
 
 Saved = tuple[Tensor | None, ...]
@@ -82,7 +82,7 @@ def _gradients(
     if o.numel() == 0 or k.numel() == 0:
         return _without_pairs(grads, q, k, v, options, lse, needs)
     call = Call.of(q, k, v, cu_q, cu_k, **{"seqlens_k": None, "mask": None, **options})
-    call.constants.update(FOLD=call.constants["FOLD"] or _only_scaled(options))
+    call = call._replace(kind=call.kind._replace(fold=call.kind.fold or _only_scaled(options)))
     do = torch.zeros_like(o) if grads[0] is None else _unit_last(grads[0])
     dlse = None if len(grads) == 1 else grads[1]
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
@@ -130,7 +130,7 @@ def _row_terms(
         dlse = dlse[None]
     args = (
         o, do, lse, dlse, lse2, delta, strides(o), strides(do), None if dlse is None else dlse.stride(),
-        call.heads, call.m, call.dv, call.constants["BLOCK_DV"], tiles.block_m,
+        call.heads, call.m, call.kind.dv, kernels("configs").block(call.kind.dv), tiles.block_m,
     )  # fmt: skip
     programs = -(-call.m // tiles.block_m) * batch * call.heads
     options = kernels("configs").triton_options(tiles.warps)
@@ -214,7 +214,7 @@ class _Backward:
         )  # fmt: skip
         kernel, q = kernels("flash_bwd").flash_bwd_dq_kernel, self.inputs[0]
         call.launch(
-            "dq", kernel, args, q, lambda tiles: call.programs(call.m, call.heads, tiles.block_m), GIVES=gives
+            "dq", kernel, args, q, lambda tiles: call.programs(call.m, call.heads, tiles.block_m), ("GIVES", gives)
         )  # fmt: skip
 
     def dmask(self, mask: Tensor) -> Tensor:
@@ -227,9 +227,8 @@ class _Backward:
         sizes = shape if whole else (call.batch, call.heads, *shape[2:])
         dtype = mask.dtype if whole else torch.float32
         result = torch.empty(sizes, dtype=dtype, device=mask.device)
-        tiles = kernels("configs").shipped(
-            "dmask", max(call.d, call.dv), self.size, call.arch, True
-        )
+        largest = max(call.kind.d, call.kind.dv)
+        tiles = kernels("configs").shipped("dmask", largest, self.size, call.arch, True)
         args = (
             *self.inputs, result, *self.strides, self.rows, result.stride(),
             call.heads, call.group, call.m, call.n, batches, heads, *self.scores, *self.limits,
@@ -238,11 +237,8 @@ class _Backward:
         blocks = (-(-call.m // tiles.block_m) if own_rows else 1) * (
             -(-call.n // tiles.block_n) if own_cols else 1
         )
-        constants = {
-            name: call.constants[name] for name in ("D", "Dv", "BLOCK_D", "BLOCK_DV", "PRECISION")
-        }
-        options = constants | tiles.options | {"ROWS": own_rows, "COLS": own_cols}
-        del options["STAGES"]
+        options = options_of(call.kind, tiles, ("ROWS", own_rows), ("COLS", own_cols))
+        options = {n: x for n, x in options.items() if n not in ("BLOCK_B", "FOLD", "STAGES")}
         kernel = kernels("flash_bwd_mask").flash_bwd_dmask_kernel
         programs = blocks * (call.batch // batches) * (call.heads // heads)
         call.device.launch(kernel, (programs,), args, options)
