@@ -75,12 +75,13 @@ format: $(BIN)/pyfuse ## let the formatters write
 bars: $(BIN)/pyfuse models ## measure every promised figure: figure, target, met or missed
 	$(BIN)/python -m benchmarks.bars
 
-bench: $(BIN)/pyfuse ## kernels against torch, interleaved
+bench: $(BIN)/pyfuse ## kernels against torch, interleaved; what Python costs in a launch on a GPU
 	$(BIN)/python -m benchmarks.bench_attention
 	$(BIN)/python -m benchmarks.bench_decode
 	$(BIN)/python -m benchmarks.bench_rope
 	$(BIN)/python -m benchmarks.bench_embed
 	$(BIN)/python -m benchmarks.bench_norm
+	$(BIN)/python -m benchmarks.bench_launch
 
 bench-gpu: $(BIN)/pyfuse ## on a GPU: the Triton kernels against torch, FlexAttention, flash-attn and Liger
 	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)

@@ -90,8 +90,6 @@ def backend(request: pytest.FixtureRequest) -> str:
 def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     """Each backend but eager (and each ISA and GPU), selected for the time of the test."""
     chosen: Target = request.param
-    if chosen.backend == "triton" and _dtype_of(request) in (torch.float64, "f64"):
-        pytest.skip("the Triton kernels have no float64")
     if chosen.isa == "interpreter":
         yield chosen  # the backend itself takes CPU tensors then
         return
@@ -112,19 +110,17 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
         cpu.select_isa(before)
 
 
-def _dtype_of(request: pytest.FixtureRequest) -> object:
-    """What the test is parametrized with under that name; None if it is not."""
-    return request.node.callspec.params.get("dtype")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the tests on an emulated GPU, and of those that compile for several, one in so many, chosen by its name."""
-    if config.getoption("--gpu-device") != "emulator":
-        return
-    wanted = config.getoption("--emulated")
+    """No float64 for Triton's kernels. Of the tests on an emulated GPU, and of those that compile for several, one in so
+    many, chosen by its name."""
     kept, left_out = [], []
+    emulated = config.getoption("--gpu-device") == "emulator"
+    wanted = config.getoption("--emulated") if emulated else "all"
     for item in items:
-        share = _share_of(item)
+        if _is_double_on_triton(item):
+            left_out.append(item)
+            continue
+        share = _share_of(item) if emulated else None
         if share is None:
             (left_out if wanted == "only" else kept).append(item)
             continue
@@ -147,6 +143,16 @@ def _share_of(item: pytest.Item) -> int | None:
     for marker in reversed(list(item.iter_markers("emulated"))):
         shares.update({int(k.removeprefix("sm_")): n for k, n in marker.kwargs.items()})
     return shares[arch]
+
+
+def _is_double_on_triton(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return False
+    params = item.callspec.params
+    target = params.get("target")
+    if not isinstance(target, Target) or target.backend != "triton":
+        return False
+    return any(getattr(x, "dtype", x) in (torch.float64, "f64") for x in params.values())
 
 
 def _arch_of(item: pytest.Item) -> int | None:
