@@ -5,7 +5,7 @@
 A line for each case and contender: median time of many runs with cold L2 (triton.testing.do_bench), TFLOP/s or GB/s,
 and pyfuse's gain over it. Attention counts the products of what is visible: 4·B·Hq·M·N·D forward, 2.5 times that
 backward, half of it when causal; the others count bytes read and written. Nothing is timed before its result was
-compared with the eager formula in float64.
+compared with the eager formula in float64. What Python costs in each launch: python -m benchmarks.bench_launch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from torch.nn import functional as F
 import pyfuse
 from benchmarks.command import require
 from pyfuse import dispatch
+from pyfuse.backends import triton_device
 
 Run = Callable[[], object]
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
     """Forward, then forward and backward together."""
     (hq, hk), n, d = shape.heads, shape.length, shape.d
     q, k, v = (
-        torch.randn(shape.batch, n, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+        torch.randn(shape.batch, n, h, d, device=DEVICE, dtype=dtype).transpose(1, 2)
         for h in (hq, hk, hk)
     )
     calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -106,7 +108,7 @@ def _flex(shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     block_mask = None
     if shape.causal:
         n = shape.length
-        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device="cuda")
+        block_mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=DEVICE)
     return partial(compiled, block_mask=block_mask, enable_gqa=shape.heads[0] != shape.heads[1])
 
 
@@ -124,36 +126,128 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def norms(dtype: torch.dtype) -> Iterator[Case]:
-    """RMSNorm and LayerNorm with the residual add before it, rows of a model's size."""
-    for rows, d in ((16384, 1024), (8192, 4096), (4096, 8192)):
-        x, residual = (torch.randn(rows, d, device="cuda", dtype=dtype) for _ in range(2))
-        w, b = (torch.randn(d, device="cuda", dtype=dtype) for _ in range(2))
-        size = x.element_size() * rows * d
-        for name, ours, torchs in (
-            ("rms_norm", partial(pyfuse.rms_norm, x, w), partial(F.rms_norm, x, (d,), w, 1e-6)),
-            ("layer_norm", partial(pyfuse.layer_norm, x, w, b), partial(F.layer_norm, x, (d,), w, b)),
-        ):  # fmt: skip
-            runs: dict[str, Run] = {"pyfuse": partial(ours, backend="triton"), "torch": torchs}
-            if name == "rms_norm" and _installed("liger_kernel"):
-                from liger_kernel.transformers.functional import liger_rms_norm
+# Sequences, heads of queries and of keys, keys, head size: one query each.
+DECODING = [(1, (32, 8), 8192, 128), (16, (32, 8), 8192, 128), (64, (32, 32), 2048, 64)]
 
-                runs["Liger"] = partial(liger_rms_norm, x, w, 1e-6)
-            check = partial(getattr(pyfuse, name), backend="eager")
+
+def decoding(dtype: torch.dtype) -> Iterator[Case]:
+    """Contiguous caches against SDPA, which has no lengths; pages of 16 against that."""
+    for batch, (hq, hk), n, d in DECODING:
+        q = torch.randn(batch, hq, 1, d, device=DEVICE, dtype=dtype)
+        caches = torch.randn(2, batch, hk, n, d, device=DEVICE, dtype=dtype)
+        lengths = torch.full((batch,), n, device=DEVICE)
+        pages = torch.randperm(batch * n // 16, device=DEVICE).to(torch.int32).view(batch, -1)
+        paged = torch.empty(2, pages.numel(), hk, 16, d, device=DEVICE, dtype=dtype)
+        paged[:, pages.flatten()] = caches.unflatten(3, (-1, 16)).transpose(2, 3).flatten(1, 2)
+        decode = partial(pyfuse.decode_attention, q, seqlens_k=lengths)
+        runs: dict[str, Run] = {
+            "pyfuse": partial(decode, *caches, backend="triton"),
+            "pyfuse, paged": partial(decode, *paged, block_table=pages, backend="triton"),
+            "SDPA": partial(
+                F.scaled_dot_product_attention, q, caches[0], caches[1], enable_gqa=hq != hk
+            ),
+        }
+        exact = pyfuse.decode_attention(
+            q.double(), *caches.double(), seqlens_k=lengths, backend="eager"
+        )
+        eager = decode(*caches, backend="eager")
+        for name in ("pyfuse", "pyfuse, paged"):
+            result = runs[name]()
+            assert isinstance(result, Tensor)
+            require(f"decode, {name}", result, eager, exact)
+        heads = f"{hq}/{hk}" if hq != hk else str(hq)
+        yield Case(
+            f"decode B{batch} H{heads} N{n} D{d}", "GB/s", caches.numel() * q.element_size(), runs
+        )
+
+
+ROWS = [(16384, 1024), (8192, 4096), (4096, 8192)]
+
+
+def norms(dtype: torch.dtype) -> Iterator[Case]:
+    """RMSNorm and LayerNorm, rows of a model's size; the former with the residual add before it, too."""
+    liger = _installed("liger_kernel")
+    for rows, d in ROWS:
+        x, residual = (torch.randn(rows, d, device=DEVICE, dtype=dtype) for _ in range(2))
+        w, b = (torch.randn(d, device=DEVICE, dtype=dtype) for _ in range(2))
+        size = x.element_size() * rows * d
+        calls: dict[str, dict[str, Run]] = {
+            "rms_norm": {"torch": partial(F.rms_norm, x, (d,), w, 1e-6)},
+            "layer_norm": {"torch": partial(F.layer_norm, x, (d,), w, b)},
+        }
+        if liger:
+            from liger_kernel.transformers.functional import liger_layer_norm, liger_rms_norm
+
+            calls["rms_norm"]["Liger"] = partial(liger_rms_norm, x, w, 1e-6)
+            calls["layer_norm"]["Liger"] = partial(liger_layer_norm, x, w, b, 1e-5)
+        for name, others in calls.items():
             parameters = (w,) if name == "rms_norm" else (w, b)
-            exact = check(x[:64].double(), *(t.double() for t in parameters))
-            require(name, ours(backend="triton")[:64], check(x[:64], *parameters), exact)
-            yield Case(f"{name} {rows} x {d}", "GB/s", 2.0 * size, runs)
+            ours = partial(getattr(pyfuse, name), x, *parameters, backend="triton")
+            eager = partial(getattr(pyfuse, name), backend="eager")
+            exact = eager(x[:64].double(), *(t.double() for t in parameters))
+            require(name, ours()[:64], eager(x[:64], *parameters), exact)
+            yield Case(f"{name} {rows} x {d}", "GB/s", 2.0 * size, {"pyfuse": ours} | others)
         prenorm = partial(pyfuse.rms_norm, x, w, residual=residual, prenorm=True, backend="triton")
 
         def apart(x: Tensor = x, residual: Tensor = residual, w: Tensor = w) -> Tensor:
             return F.rms_norm(x + residual, (x.shape[1],), w, 1e-6)
 
+        runs: dict[str, Run] = {"pyfuse": prenorm, "torch": apart}
+        yield Case(f"add and rms_norm {rows} x {d}", "GB/s", 4.0 * size, runs)
+
+
+# Batch, heads of queries and of keys, rows, head size; tokens, vocabulary, columns.
+ROTATED = [(4, (32, 8), 4096, 128), (16, (16, 16), 1024, 64)]
+EMBEDDED = [(16384, 50257, 768), (16384, 128256, 4096)]
+
+
+def positions(dtype: torch.dtype) -> Iterator[Case]:
+    """RoPE of q and k in place, and the embedding of tokens with their LayerNorm."""
+    for batch, (hq, hk), n, d in ROTATED:
+        q, k = (
+            torch.randn(batch, n, h, d, device=DEVICE, dtype=dtype).transpose(1, 2)
+            for h in (hq, hk)
+        )
+        angles = torch.rand(n, d // 2, device=DEVICE)
+        cos, sin = angles.cos(), angles.sin()
+        rope = partial(pyfuse.rope, layout="half")
+        require(
+            "rope",
+            rope(q, cos, sin, backend="triton"),
+            rope(q, cos, sin, backend="eager"),
+            rope(q.double(), cos.double(), sin.double(), backend="eager"),
+        )
+        whole = (torch.cat((t, t), -1)[None].to(dtype) for t in (cos, sin))
+        pair = partial(pyfuse.rope_pair, q, k, cos, sin, layout="half", inplace=True)
+        contenders: dict[str, Run] = {"pyfuse": partial(pair, backend="triton")}
+        if _installed("liger_kernel"):
+            from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+            contenders["Liger"] = partial(liger_rotary_pos_emb, q, k, *whole)
+        heads = f"{hq}/{hk}" if hq != hk else str(hq)
+        moved = 2.0 * (q.numel() + k.numel()) * q.element_size()
+        yield Case(f"rope B{batch} H{heads} N{n} D{d}", "GB/s", moved, contenders)
+    for tokens, vocabulary, d in EMBEDDED:
+        table = torch.randn(vocabulary, d, device=DEVICE, dtype=dtype)
+        ids = torch.randint(0, vocabulary, (1, tokens), device=DEVICE)
+        w, b = (torch.randn(d, device=DEVICE, dtype=dtype) for _ in range(2))
+        embed = partial(pyfuse.embed, norm_weight=w, norm_bias=b)
+
+        def two(ids: Tensor = ids, table: Tensor = table, w: Tensor = w, b: Tensor = b) -> Tensor:
+            return F.layer_norm(F.embedding(ids, table), (w.shape[0],), w, b)
+
+        few = ids[:, :64]
+        exact = pyfuse.embed(
+            few, table.double(), norm_weight=w.double(), norm_bias=b.double(), backend="eager"
+        )
+        require(
+            "embed", embed(few, table, backend="triton"), embed(few, table, backend="eager"), exact
+        )
         yield Case(
-            f"add and rms_norm {rows} x {d}",
+            f"embed and layer_norm {tokens} x {d}",
             "GB/s",
-            4.0 * size,
-            {"pyfuse": prenorm, "torch": apart},
+            2.0 * tokens * d * table.element_size(),
+            {"pyfuse": partial(embed, ids, table, backend="triton"), "torch": two},
         )
 
 
@@ -186,14 +280,13 @@ def main() -> int:
     import triton
 
     dtype = getattr(torch, arguments.dtype)
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {dtype}"
-    )
+    name = triton_device.of(torch.empty(0, device=DEVICE)).name
+    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, {dtype}")
     for shape in QUICK if arguments.quick else SHAPES:
         for case in attention(shape, dtype):
             measure(case)
     if not arguments.quick:
-        for case in norms(dtype):
+        for case in (*decoding(dtype), *norms(dtype), *positions(dtype)):
             measure(case)
     return 0
 

@@ -110,7 +110,13 @@ def formula_gradients(
         tensors = tuple(aliases.get(n, t) for n, t in zip(tensor_names(op), tensors, strict=False))
         result = eager.OPS[op].fn(*tensors, **{n: aliases.get(n, x) for n, x in options.items()})
         results = (result,) if isinstance(result, Tensor) else result
-        flows = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+        flows = [
+            (r, g)
+            for r, g in zip(results, grads, strict=True)
+            if g is not None and r.requires_grad  # of rope_pair one result may depend on none
+        ]
+        if not flows:
+            return {name: torch.zeros_like(alias) for name, alias in aliases.items()}
         found = torch.autograd.grad(
             [r for r, _ in flows],
             list(aliases.values()),

@@ -111,8 +111,8 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """No float64 for Triton's kernels. Of the tests on an emulated GPU, and of those that compile for several, one in so
-    many, chosen by its name."""
+    """None in float64 on Triton, which has no such kernels. Of the tests on an emulated GPU, and of those that compile
+    for several, one in so many, chosen by its name."""
     kept, left_out = [], []
     emulated = config.getoption("--gpu-device") == "emulator"
     wanted = config.getoption("--emulated") if emulated else "all"

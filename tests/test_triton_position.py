@@ -97,7 +97,7 @@ def test_rope_of_a_pair_reads_the_angles_once(emulator: GpuOfCpuTensors) -> None
     q, k, (cos, sin) = heads_of(1100, 4, 64), heads_of(1100, 1, 64), angles(1100, 32)
 
     def call() -> tuple[Tensor, Tensor]:
-        return triton_rope.turn_pair(q, k, cos, sin, layout="half")
+        return triton_rope.rope_pair(q, k, cos, sin, layout="half")
 
     turned = call()
     assert_traffic(emulator.reports[-1], sectors(q, k, *turned, cos, sin), record(80, call))
@@ -144,7 +144,7 @@ def rope_launches(arch: int | str) -> list[Launch]:
     x, (cos, sin) = heads_of(64, 32, 128), angles(64, 64)
     x2, (cos2, sin2) = heads_of(64, 12, 96), angles(64, 16)
     calls = [
-        lambda: triton_rope.turn_pair(x, x[:, :8], cos, sin, layout="half"),
+        lambda: triton_rope.rope_pair(x, x[:, :8], cos, sin, layout="half"),
         lambda: triton_rope.rope(x2, cos2, sin2, layout="interleaved"),
     ]
     return [launch for call in calls for launch in record(arch, call)]
@@ -192,18 +192,11 @@ def test_pair_equals_two(rows: int, layout: str, inplace: bool, emulator: GpuOfC
     given = {"layout": layout, "positions": torch.randint(0, 50, (2, rows))}
     expected = [triton_rope.rope(x, cos, sin, **given) for x in (q, k)]
     before = len(emulator.reports)
-    turned = triton_rope.turn_pair(q, k, cos, sin, **given, inplace=inplace)
+    turned = triton_rope.rope_pair(q, k, cos, sin, **given, inplace=inplace)
     assert len(emulator.reports) == before + 1
     for x, y, e in zip((q, k), turned, expected, strict=True):
         assert_bitwise_equal(y, e, "pair")
         assert (y is x) == inplace and y.stride() == x.stride()
-
-
-def test_pair_of_unlike_shapes() -> None:
-    q, (cos, sin) = torch.zeros(2, 4, 5, 8), angles(5, 4)
-    for k in (q[:1], q[:, :, :3], q.half()):
-        with pytest.raises(ValueError, match=r"k: expected \[B, Hk, M, D\] like q \(2, 4, 5, 8\)"):
-            triton_rope.turn_pair(q, k, cos, sin, layout="half")
 
 
 # ---- ids and positions outside of their tables ----------------------------------------------------

@@ -120,6 +120,11 @@ def rope(layout: str) -> Callable[[int], Arguments]:
     return make
 
 
+def rope_pair(n: int) -> Arguments:
+    arguments = rope("half")(n)
+    return {"q": arguments.pop("x"), "k": rows_first(2, 1, n, 6), **arguments}
+
+
 def embed(**options: Any) -> Callable[[int], Arguments]:
     def make(n: int) -> Arguments:
         # 13 rows, as no other size here: of equal sizes Dynamo makes one symbol, and guards it.
@@ -153,6 +158,7 @@ CASES = {
     "rms_norm-residual": Case("rms_norm", norm("residual", "weight", casting="gemma")),
     "rope-half": Case("rope", rope("half")),
     "rope-interleaved": Case("rope", rope("interleaved")),
+    "rope_pair": Case("rope_pair", rope_pair),
     "embed": Case("embed", embed(position_weight="sinusoidal", dropout_p=0.4)),
     "embed-all": Case("embed", embed_with_all),
 }
@@ -164,6 +170,7 @@ FEW = [
     "layer_norm-residual",
     "rms_norm",
     "rope-half",
+    "rope_pair",
     "embed-all",
 ]
 

@@ -12,6 +12,7 @@ from pyfuse.backends import (
     cpu_rope,
 )
 from pyfuse.backends.cpu_module import available_isas, isa, select_isa, why_unavailable
+from pyfuse.backends.rope_pair import pair_of
 from pyfuse.dispatch import Gradient, Impl
 
 __all__ = ["OPS", "available_isas", "isa", "select_isa", "why_unavailable"]
@@ -69,3 +70,4 @@ OPS: dict[str, Impl] = {
         Gradient(cpu_rope.forward, cpu_rope.backward, cpu_rope.why_not_backward, cpu_rope.restore),
     ),
 }
+OPS["rope_pair"] = pair_of(OPS["rope"])

@@ -26,6 +26,7 @@ _FORMULAS = (
     eager_norm.layer_norm,
     eager_norm.rms_norm,
     eager_position.rope,
+    eager_position.rope_pair,
     eager_position.embed,
 )
 OPS: dict[str, Impl] = {fn.__name__: Impl(fn, _takes_everything) for fn in _FORMULAS}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +33,13 @@ def rope(
         x[..., :r] = rotated
         return x
     return rotated if r == x.shape[-1] else torch.cat((rotated, x[..., r:]), -1)
+
+
+def rope_pair(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """See pyfuse.rope_pair."""
+    return rope(q, cos, sin, **options), rope(k, cos, sin, **options)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:

@@ -12,6 +12,7 @@ from pyfuse.backends import (
     triton_norm_gradient,
     triton_rope,
 )
+from pyfuse.backends.rope_pair import pair_of
 from pyfuse.backends.triton_device import why_unavailable
 from pyfuse.dispatch import Gradient, Impl
 
@@ -82,3 +83,4 @@ OPS: dict[str, Impl] = {
         ),
     ),
 }
+OPS["rope_pair"] = pair_of(OPS["rope"], triton_rope.rope_pair, triton_rope.pair_backward)

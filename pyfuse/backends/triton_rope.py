@@ -45,7 +45,7 @@ def rope(
     return y
 
 
-def turn_pair(
+def rope_pair(
     q: Tensor,
     k: Tensor,
     cos: Tensor,
@@ -55,14 +55,29 @@ def turn_pair(
     positions: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(rope(q), rope(k)) in one launch that reads cos and sin once. q [B, Hq, M, D], k [B, Hk, M, D] of one dtype."""
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or q.dtype != k.dtype:
-        raise ValueError(
-            f"k: expected [B, Hk, M, D] like q {tuple(q.shape)} {q.dtype}, got {tuple(k.shape)} {k.dtype}"
-        )
-    pairs = tuple((x, x if inplace else torch.empty_like(x)) for x in (q, k))
-    turn(pairs, cos, sin, layout, positions, 1.0)
-    return pairs[0][1], pairs[1][1]
+    """See pyfuse.rope_pair: one launch, which reads cos and sin once."""
+    q_turned, k_turned = (x if inplace else torch.empty_like(x) for x in (q, k))
+    turn(((q, q_turned), (k, k_turned)), cos, sin, layout, positions, 1.0)
+    return q_turned, k_turned
+
+
+def pair_backward(
+    dq_turned: Tensor,
+    dk_turned: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    layout: str,
+    positions: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Gradients turned back, in one launch too."""
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    grads = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq_turned, dk_turned))
+    turn(tuple(zip(grads, (dq, dk), strict=True)), cos, sin, layout, positions, -1.0)
+    return dq, dk
 
 
 def forward(
@@ -113,13 +128,14 @@ def turn(
     sign: float,
 ) -> None:
     """Write x rotated by its tokens' angles (sign 1) or back by them (-1) into y, for one or two pairs (x, y)."""
+    pairs = [pair for pair in pairs if pair[0].numel() > 0]
+    if not pairs:
+        return
     x, y = pairs[0]
     x2, y2 = pairs[1] if len(pairs) == 2 else (None, None)
     batch, heads, rows, d = x.shape
     more = 0 if x2 is None else x2.shape[1]
     tokens, r = batch * rows, 2 * cos.shape[-1]
-    if tokens == 0 or heads + more == 0 or d == 0:
-        return
     if r == 0:
         for source, target in pairs:
             target.copy_(source)

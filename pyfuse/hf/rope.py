@@ -111,19 +111,24 @@ def halves(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor] | None
 def rotate(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inplace: bool
 ) -> tuple[Tensor, Tensor] | None:
-    """q [B, Hq, M, D] and k [B, Hk, M, D] turned; None where pyfuse.rope is not the formula."""
+    """q [B, Hq, M, D] and k [B, Hk, M, D] turned; None where pyfuse.rope_pair is not the formula."""
     if q.ndim != 4 or cos.shape[-1] != q.shape[-1] or not q.dtype == k.dtype == cos.dtype:
         return None
-    if k.shape[-1] != q.shape[-1] or not q.shape[-2] == k.shape[-2] == cos.shape[-2]:
+    if (
+        k.shape[0] != q.shape[0]
+        or k.shape[-1] != q.shape[-1]
+        or not q.shape[-2] == k.shape[-2] == cos.shape[-2]
+    ):
         return None
     tables = halves(cos, sin, q.shape[0])
     if tables is None:
         return None
     c, s = tables
-    # Past the checks of pyfuse.rope, whose conditions hold here: in decoding they would cost as
+    # Past the checks of pyfuse.rope_pair, whose conditions hold here: in decoding they would cost as
     # much as the rotation.
     options = {"layout": "half", "positions": None, "inplace": inplace}
-    return run("rope", (q, c, s), options, None), run("rope", (k, c, s), options, None)
+    turned: tuple[Tensor, Tensor] = run("rope_pair", (q, k, c, s), options, None)
+    return turned
 
 
 @cache

@@ -6,7 +6,7 @@ from pyfuse.ops.decode import decode_attention
 from pyfuse.ops.embed import embed
 from pyfuse.ops.norm import layer_norm, rms_norm
 from pyfuse.ops.position import alibi_slopes, rope_frequencies, sinusoidal_encoding
-from pyfuse.ops.rope import rope
+from pyfuse.ops.rope import rope, rope_pair
 from pyfuse.ops.sdpa import scaled_dot_product_attention
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "rope_pair",
     "scaled_dot_product_attention",
     "sinusoidal_encoding",
     "varlen_attention",

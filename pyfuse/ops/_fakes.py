@@ -54,6 +54,10 @@ def _rope(x: Tensor, *_: Any, **__: Any) -> list[Tensor]:
     return [torch.empty_like(x)]
 
 
+def _rope_pair(q: Tensor, k: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+    return [torch.empty_like(q), torch.empty_like(k)]
+
+
 def _embed(token_ids: Tensor, weight: Tensor, **_: Any) -> list[Tensor]:
     return [weight.new_empty((*token_ids.shape, weight.shape[1]))]
 
@@ -65,5 +69,6 @@ FAKES: dict[str, Callable[..., list[Tensor]]] = {
     "layer_norm": _norm,
     "rms_norm": _norm,
     "rope": _rope,
+    "rope_pair": _rope_pair,
     "embed": _embed,
 }

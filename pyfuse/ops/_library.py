@@ -41,6 +41,7 @@ SCHEMAS: dict[str, str] = {
     "rms_norm": "Tensor x, Tensor? weight, *, float eps, Tensor? residual, bool prenorm, float dropout_p, "
     "Tensor? dropout_seed, str casting",
     "rope": "Tensor x, Tensor cos, Tensor sin, *, str layout, Tensor? positions, bool inplace",
+    "rope_pair": "Tensor q, Tensor k, Tensor cos, Tensor sin, *, str layout, Tensor? positions, bool inplace",
     "embed": "Tensor token_ids, Tensor weight, *, Tensor? position_weight, bool sinusoidal, Tensor? positions, "
     "Tensor? segment_ids, Tensor? segment_weight, float scale, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps, float dropout_p, Tensor? dropout_seed, bool sparse",
@@ -68,7 +69,7 @@ def run(op: str, tensors: tuple[Any, ...], options: dict[str, Any], named: str |
         options = {**options, "return_lse": True}  # the backward pass needs it
     results = getattr(torch.ops.pyfuse, op)(*tensors, **options, backend=named)
     if in_place:
-        return tensors[0].copy_(results[0])
+        results = [x.copy_(y) for x, y in zip(tensors, results, strict=False)]
     return results[0] if len(results) == 1 or not with_lse else tuple(results)
 
 

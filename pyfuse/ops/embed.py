@@ -41,7 +41,8 @@ def embed(
     dropout_p: as in `layer_norm`, of the result.
     sparse: the gradient of weight is a sparse COO tensor with a row for each token, as that of
       torch.nn.functional.embedding, for torch.optim.SparseAdam and SGD.
-    ValueError, TypeError: an argument that does not fit; IndexError: an id outside its table.
+    ValueError, TypeError: an argument that does not fit; IndexError: an id outside its table (on a GPU, which nothing
+    here waits for, that token's row is NaN instead).
     """
     if autocast_enabled():
         tables = for_tables(weight, position_weight, segment_weight)
