@@ -30,10 +30,10 @@ test-gpu: $(BIN)/pyfuse ## every backend test on emulated GPUs, of which make te
 	$(BIN)/python -m pytest -q -n auto --emulated=only $(ARGS)
 
 TRITON_NEWEST ?= 3.9.0
-test-triton-newest: $(BIN)/pyfuse ## the tests that compile Triton kernels, with the newest Triton
+test-triton-newest: $(BIN)/pyfuse ## the tests that compile Triton kernels, in samples as above, with the newest Triton
 	test -d build/triton-$(TRITON_NEWEST) || $(BIN)/python -m pip install --quiet --no-deps \
 	  --target build/triton-$(TRITON_NEWEST) triton==$(TRITON_NEWEST)
-	PYTHONPATH=build/triton-$(TRITON_NEWEST) $(BIN)/python -m pytest -q -m triton tests/ptxemu
+	PYTHONPATH=build/triton-$(TRITON_NEWEST) $(BIN)/python -m pytest -q -n auto -m triton
 
 # The three below need no Python, only cmake (the virtual environment's, or the system's) and a compiler.
 # ARGS: --slow, --isa=avx2, a part of a test's name.

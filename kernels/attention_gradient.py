@@ -23,6 +23,9 @@ def pair_gradients(
     m and n, lse2, rest and delta broadcast to the tile: [BM, BN], or BY_KEY [BN, BM]; p = 2^(s - lse2 - rest). A pair
     that is not seen has p = ds = 0, whatever its key and value hold.
     """
+    extra = mask
+    if mask is not None:  # early, to be there after the product
+        extra = mask_tile(mask, mask_strides, m, n, M, N, EDGE)
     s = tl.dot(a, x.T, input_precision=PRECISION)
     t = s
     if FOLD:
@@ -36,7 +39,7 @@ def pair_gradients(
     elif GUARD:
         seen = (m >= 0) & (n >= 0)
     if mask is not None:
-        s, seen = with_mask(s, seen, mask_tile(mask, mask_strides, m, n, M, N, EDGE))
+        s, seen = with_mask(s, seen, extra)
     s = s - lse2
     if rest is not None:
         s = s - rest
@@ -54,6 +57,8 @@ def pair_gradients(
     ds = p * (dp - delta)
     if GUARD:
         ds = tl.where(seen, ds, 0.0)
+        if softcap is not None:
+            t = tl.where(seen, t, 0.0)
     return p, stays, ds, t
 
 

@@ -127,7 +127,15 @@ def mask_tile(start, strides, m, n, M, N, EDGE: tl.constexpr):
     col = n
     if EDGE:
         col = tl.minimum(n, N - 1)
-    return tl.load(row + col.to(tl.int64) * strides[3])
+    place = row + col.to(tl.int64) * strides[3]
+    # In a branch, always taken, that hides the load from Triton (3.7 to 3.9). Else it passes it through shared memory,
+    # in a layout that conflicts there; and a bool mask's bytes make it choose operands as for products of bytes
+    # (kWidth), which are too wide for tiles of 16 keys: results were wrong.
+    if M > 0:
+        x = tl.load(place)
+    else:
+        x = tl.zeros(place.shape, start.dtype.element_ty)
+    return x
 
 
 @triton.jit

@@ -132,7 +132,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     },
     # The gradient of a mask: no accumulator, but scores and their gradients at once, and nothing streams by.
     ("dmask", 64, 2): {"": Tiles(64, 32, 8, 1)},
-    ("dmask", 128, 2): {"": Tiles(32, 32, 8, 1)},
+    ("dmask", 128, 2): {"": Tiles(32, 64, 8, 1), "cdna": Tiles(32, 32, 8, 1)},
     ("dmask", 256, 2): {"": Tiles(16, 32, 8, 1), "cdna": Tiles(16, 32, 4, 1)},
     # float32 in three bfloat16 parts: three copies of each operand in registers, so small tiles; wgmma reads those of K
     # and V in shared memory. Heads above 64 spill all the same: the parts of one row of an operand take half of its
@@ -173,12 +173,7 @@ def shipped(operation: str, d: int, size: int, arch: Arch, extras: bool) -> Tile
     if not extras:
         return own
     others = own if kind == "cdna" else table.get("extras", table[""])
-    found = table.get(f"{kind}-extras", others)
-    if operation == "dq" and kind in ("hopper", "blackwell"):
-        # With a mask K is multiplied as it is, and the rows loaded again that hold no NaN. Triton (3.7 to 3.9) gives
-        # the first of these loads one buffer, though the product reads it one stage later: the next tile by then.
-        return replace(found, stages=1)
-    return found
+    return table.get(f"{kind}-extras", others)
 
 
 def candidates(operation: str, d: int, size: int, arch: Arch, extras: bool) -> list[Tiles]:

@@ -187,11 +187,17 @@ def fold_keys(
     d = tl.arange(0, q.shape[1])
     e = tl.arange(0, do.shape[1])
     n = n0 + tl.arange(0, BLOCK_N)
-    k_tile = tile(k, k_rows, n, d)
-    keys = load_tile(k_tile, n, end, d, D, EDGE)
+    keys = load_tile(tile(k, k_rows, n, d), n, end, d, D, EDGE)
     values = load_tile(tile(v, v_rows, n, e), n, end, e, Dv, EDGE)
+    delta = delta[:, None]
+    if GIVES != "terms" and (EDGE or mask is not None):
+        # A ds of 0 does not stop a NaN: such keys are 0 in both products, and what sees them is NaN by its delta.
+        spoilt = has_nan(keys)
+        there = ~spoilt[:, None] & (n[:, None] < end) & (d[None, :] < D)
+        keys = tl.load(tile(k, k_rows, n, d), mask=there, other=0.0)
+        delta += tl.where(spoilt, float("nan"), 0.0)[None, :]
     p, stays, ds, t = pair_gradients(
-        q, keys, do, values, lse2[:, None], rest, delta[:, None], m[:, None], n[None, :], m, n0, M, N, end,
+        q, keys, do, values, lse2[:, None], rest, delta, m[:, None], n[None, :], m, n0, M, N, end,
         left, right, scale, softcap, slope, mask, mask_strides, key0, key1, threshold, keep_scale, b, h,
         BLOCK_N, EDGE, FOLD, False, PRECISION,
     )  # fmt: skip
@@ -202,10 +208,6 @@ def fold_keys(
         row_sum -= tl.sum(ds * tl.abs(m[:, None] + (N - M) - n[None, :]).to(tl.float32), 1)
     if GIVES != "terms":
         ds = uncapped(ds, t, softcap)
-        if EDGE or mask is not None:
-            # A ds of 0 does not stop a NaN; a query that sees it has it in ds already.
-            there = ~has_nan(keys)[:, None] & (n[:, None] < end) & (d[None, :] < D)
-            keys = tl.load(k_tile, mask=there, other=0.0)
         dq = tl.dot(ds.to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq, row_sum, weights
 

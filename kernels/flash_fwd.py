@@ -55,6 +55,9 @@ def fold_keys(
         keys = k.load([n0, 0])
     else:
         keys = load_tile(k, n, end, tl.arange(0, q.shape[1]), D, EDGE)
+    extra = mask
+    if mask is not None:  # early, to be there after the product
+        extra = mask_tile(mask, mask_strides, m[:, None], n[None, :], M, N, EDGE)
     s = tl.dot(q, keys.T, input_precision=PRECISION)
     if not FOLD:
         s, _ = logits(s, scale, softcap, slope, m[:, None], n[None, :], N - M)
@@ -72,7 +75,6 @@ def fold_keys(
         if EDGE:
             seen = in_band(m[:, None], n[None, :], N - M, end, left, right)
         if mask is not None:
-            extra = mask_tile(mask, mask_strides, m[:, None], n[None, :], M, N, EDGE)
             s, seen = with_mask(s, seen, extra)
         s = tl.where(seen, tl.where(spoilt[None, :], float("nan"), s), float("-inf"))
     p, m_i, l_i, shrink = softmax_step(s, m_i, l_i, scale if FOLD else 1.0, GUARD)

@@ -278,4 +278,10 @@ SINGLE = [
     Case(mask="bias"),
     Case(seqlens="zero"),
 ]
-ALL = list({str(case): case for case in CORE + OPTIONS + SINGLE}.values())
+# What was wrong once, and takes more than two options: products with bytes among what leads to them, tiles of 16 keys.
+FOUND = [
+    Case(mask="rows", dropout=0.25),
+    Case(mask="rows", dropout=0.25, dtype="bf16", head_sizes=(256, 256)),
+    Case(mask="rows", softcap=2.0, alibi=True, dtype="f16", sizes=(130, 130)),
+]
+ALL = list({str(case): case for case in CORE + OPTIONS + SINGLE + FOUND}.values())

@@ -120,6 +120,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _is_double_on_triton(item):
             left_out.append(item)
             continue
+        if _arch_of(item) is not None:
+            item.add_marker("triton")
         share = _share_of(item) if emulated else None
         if share is None:
             (left_out if wanted == "only" else kept).append(item)

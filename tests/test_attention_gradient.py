@@ -191,6 +191,7 @@ HIDING: dict[str, dict[str, Any]] = {
     "mask": {},
     "mask-causal": {"causal": True},
     "mask-window-dropout": {"window": (3, 0), "dropout_p": 0.2},
+    "mask-softcap-alibi": {"softcap": 2.0, "alibi_slopes": torch.tensor([0.5, 0.25])},
     "lengths": {"seqlens_k": torch.tensor([100, 100])},
     "lengths-causal": {"seqlens_k": torch.tensor([100, 100]), "causal": True},
 }

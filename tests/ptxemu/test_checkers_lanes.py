@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ptxemu.checkers import run, words
+from ptxemu.checkers import OUT, run, words
 
 
 def test_shuffle_from_a_lane_that_is_not_there() -> None:
@@ -142,3 +142,24 @@ def test_assertion() -> None:
     """
     run(body, n=2, module=ASSERT).clean()
     run(body, n=3, module=ASSERT).only("trap", "assertion failed: n < 3, in f at a.cu:12")
+
+
+def test_sums_of_nans_agree() -> None:
+    """A GPU makes one NaN of all: lanes that add up NaNs in different order may all store the sum."""
+    body = """
+    mov.b32 f0, 0f7fc00001;
+    mov.b32 f1, 0fffc00002;
+    setp.eq.u32 p0, lane, 0;
+    @p0 mov.b32 f2, f0;
+    @!p0 mov.b32 f2, f1;
+    @p0 mov.b32 f3, f1;
+    @!p0 mov.b32 f3, f0;
+    add.f32 f4, f2, f3;
+    mov.b32 r0, buffer;
+    st.shared.f32 [r0], f4;
+    bar.sync 0;
+    ld.shared.u32 r2, [r0];
+    """
+    memory = words(32)
+    run(body + OUT, memory).clean()
+    assert memory.tolist() == [0x7FFFFFFF] * 32

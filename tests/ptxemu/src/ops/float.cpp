@@ -51,9 +51,10 @@ template <class T>
 T negate(T a) {
   return -a;
 }
-template <class T>
+template <class T>  // on bits: that of a NaN, too, with all of its payload
 T copy_sign(T sign, T value) {
-  return std::copysign(value, sign);
+  constexpr T kSign = T{1} << (8 * sizeof(T) - 1);
+  return (value & ~kSign) | (sign & kSign);
 }
 
 // The zeros are ordered, -0 < +0; NaN loses against a number, or wins with .NaN.
@@ -72,7 +73,7 @@ T maximum(T a, T b) {
 template <class T>
 T canonical_nan() {
   if constexpr (sizeof(T) == 4)
-    return bit_cast<float>(0x7fffffffu);
+    return bit_cast<float>(kNan);
   else
     return std::numeric_limits<T>::quiet_NaN();
 }
@@ -626,9 +627,9 @@ void decode_copysign(Decoder& d) {
   same_type_operands(d, type, 2);
   d.inst.counted = Class::Fp32;
   if (type == Type::F32)
-    d.inst.run = &Lanewise<&copy_sign<float>>::run;
+    d.inst.run = &Lanewise<&copy_sign<uint32_t>>::run;
   else if (type == Type::F64)
-    d.inst.run = &Lanewise<&copy_sign<double>>::run;
+    d.inst.run = &Lanewise<&copy_sign<uint64_t>>::run;
   else
     d.refuse("needs .f32 or .f64");
 }

@@ -97,6 +97,15 @@ inline uint16_t float_to_bf16(float value) {
 }
 
 #ifdef __FLT16_MANT_DIG__  // the compiler's own type: one instruction for a vector of them
+/// The NaN that GPUs make of every other one in single-precision arithmetic. It matters where lanes
+/// that hold the same sum, added up in different order, all store it.
+constexpr uint32_t kNan = 0x7fffffff;
+inline float as_on_gpu(float x) { return x == x ? x : bit_cast<float>(kNan); }
+template <class T>
+T as_on_gpu(T x) {
+  return x;
+}
+
 inline float f16_to_float(uint16_t bits) { return static_cast<float>(bit_cast<_Float16>(bits)); }
 inline uint16_t float_to_f16(float value) {
   return value != value ? 0x7fff : bit_cast<uint16_t>(static_cast<_Float16>(value));

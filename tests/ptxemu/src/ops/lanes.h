@@ -6,6 +6,7 @@
 
 #include "../decoder.h"
 #include "../machine.h"
+#include "formats.h"
 
 namespace ptxemu {
 
@@ -41,7 +42,7 @@ struct Lanewise<F> {
   }
   static void apply(D* d, const S*... s) {
 #pragma GCC ivdep
-    for (int lane = 0; lane < kLanes; ++lane) d[lane] = F(s[lane]...);
+    for (int lane = 0; lane < kLanes; ++lane) d[lane] = as_on_gpu(F(s[lane]...));
   }
 };
 

@@ -273,7 +273,8 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
         w.row<uint32_t>(d[i])[lane] =
             encode<F16>(sum[row + 8 * i][column]) | encode<F16>(sum[row + 8 * i][column + 1]) << 16;
       } else {
-        w.row<float>(d[i])[lane] = static_cast<float>(sum[row + 8 * (i / 2)][column + i % 2]);
+        w.row<float>(d[i])[lane] =
+            as_on_gpu(static_cast<float>(sum[row + 8 * (i / 2)][column + i % 2]));
       }
     }
   if (known) {
