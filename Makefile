@@ -23,17 +23,20 @@ models: $(BIN)/pyfuse ## fetch the two demonstration models (about 100 MB, once)
 demo: $(BIN)/pyfuse ## two real models, stock and accelerated, side by side
 	$(BIN)/pyfuse demo
 
+# A process for each core, but no more than four: each has torch in memory, and up to as many threads.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses=4
+
 test: $(BIN)/pyfuse ## every test; those of the real models run once `make models` has fetched them
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-gpu: $(BIN)/pyfuse ## every backend test on emulated GPUs, of which make test runs a sample
-	$(BIN)/python -m pytest -q -n auto --emulated=only $(ARGS)
+	$(PYTEST) --emulated=only $(ARGS)
 
 TRITON_NEWEST ?= 3.9.0
 test-triton-newest: $(BIN)/pyfuse ## the tests that compile Triton kernels, in samples as above, with the newest Triton
 	test -d build/triton-$(TRITON_NEWEST) || $(BIN)/python -m pip install --quiet --no-deps \
 	  --target build/triton-$(TRITON_NEWEST) triton==$(TRITON_NEWEST)
-	PYTHONPATH=build/triton-$(TRITON_NEWEST) $(BIN)/python -m pytest -q -n auto -m triton
+	PYTHONPATH=build/triton-$(TRITON_NEWEST) $(PYTEST) -m triton
 
 # The three below need no Python, only cmake (the virtual environment's, or the system's) and a compiler.
 # ARGS: --slow, --isa=avx2, a part of a test's name.

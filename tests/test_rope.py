@@ -79,8 +79,11 @@ def test_empty(shape: tuple[int, ...], inplace: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("memory", ["BHMD", "BMHD"])
 @pytest.mark.parametrize("layout", ROTATIONS)
-def test_threads_change_no_bit(layout: str, memory: str, target: Target) -> None:
-    x = laid_out(torch.randn(2, 7, 101, 64).bfloat16(), memory)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_threads_change_no_bit(
+    dtype: torch.dtype, layout: str, memory: str, target: Target
+) -> None:
+    x = laid_out(torch.randn(2, 7, 101, 64).to(dtype), memory)
     cos, sin = angles(101, 32)
     results = [
         pyfuse.rope(x, cos, sin, layout=layout, backend=target.backend) for _ in at_threads(1, 2, 3)
