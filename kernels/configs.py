@@ -74,6 +74,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "blackwell": Tiles(128, 128, 8, 2),
         "cdna": Tiles(128, 64, 8, 1),
         "cdna-extras": Tiles(64, 64, 4, 1),
+        "rtx-extras": Tiles(128, 32, 8, 1),
         "blackwell-extras": Tiles(64, 32, 8, 2),
         "extras": Tiles(128, 32, 8, 2),
     },
@@ -122,6 +123,8 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "": Tiles(64, 64, 8, 2),
         "hopper": Tiles(128, 64, 8, 2),
         "cdna": Tiles(64, 32, 8, 1),
+        "cdna-extras": Tiles(64, 32, 4, 1),
+        "blackwell-extras": Tiles(64, 32, 8, 1),
         "extras": Tiles(64, 32, 8, 2),
     },
     ("dq", 256, 2): {

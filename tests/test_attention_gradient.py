@@ -116,7 +116,10 @@ def test_same_bits_for_every_thread_count_and_run(
     }
     upstream = made(batch, hq, m, 40)
     expected: dict[str, Tensor] = {}
-    for threads in at_threads(1, 2, 2, 4):
+    counts = (
+        (1, 2, 2, 4) if target.backend == "cpu" else (1, 1)
+    )  # runs are all that can differ on a GPU
+    for threads in at_threads(*counts):
         actual = gradients(leaves, target.backend, upstream, **STEADY[name])
         expected = expected or actual
         for leaf, grad in actual.items():
