@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from ptxemu import Report, triton_run
@@ -16,17 +17,21 @@ from pyfuse.backends import triton_device
 class GpuOfCpuTensors:
     """What pyfuse.backends.triton_device can launch on: the emulator, or a GPU to which tensors are copied and back.
 
-    `reports` are those of its launches, each without findings.
+    `reports` are those of its launches, each without findings. In the emulator each launch has its warps and programs
+    in another order: what depends on it differs between two runs.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self.arch, self.gpu, self.name = gpu.arch, gpu, f"tests on {gpu}"
         self.reports: list[Report] = []
+        self.orders = count()
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        self.reports.append(triton_run.launch(kernel, grid, *args, gpu=self.gpu, **options))
+        order = next(self.orders)
+        report = triton_run.launch(kernel, grid, *args, gpu=self.gpu, seed=order, **options)
+        self.reports.append(report)
 
     def time(self, launch: Callable[[Any], None], tiles: Any) -> float | None:
         """Executed instructions; as on a GPU, None where the kernel asks for more shared memory than there is."""

@@ -118,7 +118,7 @@ def test_same_bits_for_every_thread_count_and_run(
     expected: dict[str, Tensor] = {}
     counts = (
         (1, 2, 2, 4) if target.backend == "cpu" else (1, 1)
-    )  # runs are all that can differ on a GPU
+    )  # on a GPU: other orders of programs
     for threads in at_threads(*counts):
         actual = gradients(leaves, target.backend, upstream, **STEADY[name])
         expected = expected or actual

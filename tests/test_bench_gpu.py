@@ -8,10 +8,10 @@ import pytest
 import torch
 from emulated import standing_in
 
+from benchmarks import bench_gpu
+
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.triton
-
-bench_gpu = pytest.importorskip("benchmarks.bench_gpu")
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -305,18 +306,12 @@ def test_a_row_that_all_tokens_have_is_summed_by_many(emulator: GpuOfCpuTensors)
     assert sizes == [-(-tokens // chunk), -(-2 * sizes[0] // chunk), 1]
 
 
-class Shuffled(GpuOfCpuTensors):
-    """Programs and warps in another order."""
-
-    def launch(
-        self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        triton_run.launch(kernel, grid, *args, gpu=self.gpu, seed=len(self.reports) + 5, **options)
-
-
 @contextmanager
 def shuffled() -> Iterator[None]:
-    with triton_device.stand_in(Shuffled(Emulator(80))):
+    """Programs and warps in another order."""
+    gpu = GpuOfCpuTensors(Emulator(80))
+    gpu.orders = count(5)
+    with triton_device.stand_in(gpu):
         yield
 
 
