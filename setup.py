@@ -1,6 +1,8 @@
-"""Builds pyfuse._C with CMake. Everything else about the package is in pyproject.toml.
+"""Builds pyfuse._C, and pyfuse._cuda where nvcc is found, with CMake. Everything else about the package is in pyproject.toml.
 
 The build folder is kept (build/cmake-<tag>), so that a second install compiles only what changed.
+PYFUSE_CUDA=on|off|auto says whether to build pyfuse._cuda (auto: where nvcc is found), and TORCH_CUDA_ARCH_LIST, as
+torch's own extensions read it, for which GPUs ("8.0 9.0a"; default: all that cmake/cuda.cmake names).
 Without a C++ compiler the package installs as pure Python: the eager backend then runs every operation.
 """
 
@@ -28,6 +30,23 @@ def find_compiler() -> "str | None":
     return next(filter(None, map(shutil.which, ("c++", "g++", "clang++", "cl"))), None)
 
 
+def nvcc_archs(listed: str) -> "list[str]":
+    """torch's list of compute capabilities as nvcc names them: "8.0;9.0a+PTX" is 80, 90a."""
+    names = listed.replace(";", " ").split()
+    archs = [name.removesuffix("+PTX").replace(".", "") for name in names]
+    wrong = [name for name, arch in zip(names, archs) if not arch.rstrip("af").isdigit()]
+    if wrong:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST: {wrong[0]!r}, needs numbers such as 8.0 or 9.0a")
+    return archs
+
+
+def has_target(folder: Path, name: str) -> bool:
+    listed = subprocess.run(
+        ["cmake", "--build", str(folder), "--target", "help"], capture_output=True, text=True
+    )
+    return any(line.split(":")[0] == name for line in listed.stdout.splitlines())
+
+
 class CMakeBuild(build_ext):
     """Runs CMake once for all extensions that it lists; an absent compiler is no error, a failed build is."""
 
@@ -52,13 +71,27 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
+        cuda = os.environ.get("PYFUSE_CUDA", "auto")
+        if cuda not in ("auto", "on", "off"):
+            raise ValueError(f"PYFUSE_CUDA: got {cuda!r}, needs auto, on or off")
+        configure.append(f"-DPYFUSE_CUDA={cuda}")
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        if archs:
+            configure.append(f"-DPYFUSE_CUDA_ARCHITECTURES={';'.join(nvcc_archs(archs))}")
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(folder), "--target", "_C"], check=True)
+        name = ext.name.rpartition(".")[2]
+        if name == "_cuda" and not has_target(folder, name):
+            print("pyfuse: nvcc was not found, so pyfuse._cuda is not built", file=sys.stderr)
+            return
+        subprocess.run(["cmake", "--build", str(folder), "--target", name], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / target.name, target)
 
 
 setup(
-    ext_modules=[Extension("pyfuse._C", sources=[])],
+    ext_modules=[
+        Extension("pyfuse._C", sources=[]),
+        Extension("pyfuse._cuda", sources=[], optional=True),
+    ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -18,8 +18,8 @@ from pyfuse.backends import BACKENDS
 
 
 class Target(NamedTuple):
-    """A backend to test: the CPU kernels in an ISA; the Triton kernels on a GPU of a compute capability, or in Triton's
-    interpreter."""
+    """A backend to test: the CPU kernels in an ISA; the CUDA and the Triton kernels on a GPU of a compute capability;
+    the latter also in Triton's interpreter."""
 
     backend: str
     isa: str | None = None
@@ -68,15 +68,23 @@ def _targets(config: pytest.Config) -> list[Target]:
         from pyfuse.backends import cpu
 
         targets += [Target("cpu", isa) for isa in cpu.available_isas()]
-    if util.find_spec("triton") is None:
-        return targets
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return [*targets, Target("triton", "interpreter")]
+        return [*targets, Target("triton", "interpreter")] if _has("triton") else targets
+    archs = list(EMULATED)
     if config.getoption("--gpu-device") == "cuda":
         from ptxemu.device import compute_capability
 
-        return [*targets, Target("triton", arch=compute_capability())]
-    return targets + [Target("triton", arch=arch) for arch in EMULATED]
+        archs = [compute_capability()]
+    return targets + [Target(name, arch=a) for name in ("cuda", "triton") if _has(name) for a in archs]
+
+
+def _has(backend: str) -> bool:
+    """Whether the backend's kernels are installed, be there a GPU or not."""
+    if backend == "cuda":
+        from pyfuse.backends import cuda_device
+
+        return cuda_device._cuda is not None
+    return util.find_spec("triton") is not None
 
 
 @pytest.fixture(params=_RUNNING)
@@ -93,11 +101,10 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     if chosen.isa == "interpreter":
         yield chosen  # the backend itself takes CPU tensors then
         return
-    if chosen.backend == "triton":
+    if chosen.arch is not None:
         from emulated import standing_in
 
-        assert chosen.arch is not None
-        with standing_in(chosen.arch, request.config.getoption("--gpu-device")):
+        with standing_in(chosen.arch, request.config.getoption("--gpu-device"), chosen.backend):
             yield chosen
         return
     from pyfuse.backends import cpu
@@ -120,7 +127,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if _has_no_kernel(item):
             left_out.append(item)
             continue
-        if _arch_of(item) is not None:
+        target = _target_of(item)
+        if target is not None and target.backend == "triton" and target.arch is not None:
             item.add_marker("triton")
         share = _share_of(item) if emulated else None
         if share is None:
@@ -148,25 +156,28 @@ def _share_of(item: pytest.Item) -> int | None:
 
 
 def _has_no_kernel(item: pytest.Item) -> bool:
-    """Triton's kernels have no float64, and its interpreter computes bfloat16 wrongly."""
-    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+    """GPUs' kernels have no float64, and Triton's interpreter computes bfloat16 wrongly."""
+    target = _target_of(item)
+    if target is None or target.backend == "cpu":
         return False
-    params = item.callspec.params
-    target = params.get("target")
-    if not isinstance(target, Target) or target.backend != "triton":
-        return False
+    params = item.callspec.params  # type: ignore[attr-defined]
     missing: tuple[Any, ...] = (torch.float64, "f64")
     if target.isa == "interpreter":
         missing += (torch.bfloat16, "bf16")
     return any(getattr(x, "dtype", x) in missing for x in params.values())
 
 
-def _arch_of(item: pytest.Item) -> int | None:
-    """The emulated GPU that a test runs on; None for all other tests."""
+def _target_of(item: pytest.Item) -> Target | None:
     if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
         return None
     target = item.callspec.params.get("target")
-    return target.arch if isinstance(target, Target) else None
+    return target if isinstance(target, Target) else None
+
+
+def _arch_of(item: pytest.Item) -> int | None:
+    """The emulated GPU that a test runs on; None for all other tests."""
+    target = _target_of(item)
+    return None if target is None else target.arch
 
 
 def at_threads(*counts: int) -> Iterator[int]:
@@ -244,7 +255,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     lines = [f"pyfuse targets: {', '.join(map(str, _targets(config))) or 'none'} (besides eager)"]
     for name in BACKENDS:
         reason = dispatch.backend_status()[name]
-        if reason is not None and name != "triton":
+        if reason is not None and name not in ("cuda", "triton"):
             lines.append(f"pyfuse backend {name} is not tested: {reason}")
     return lines
 

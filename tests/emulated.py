@@ -1,17 +1,22 @@
-"""Triton kernels on CPU tensors: an emulated GPU takes the place of the device, every launch checked for faults."""
+"""Triton's and CUDA's kernels on CPU tensors: an emulated GPU takes the device's place, every launch checked for faults."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
-from ptxemu import Report, triton_run
+from ptxemu import Packed, Report, nvcc_run, triton_run
 from ptxemu.gpu import Device, Emulator, Gpu
+from torch import Tensor
 
 from pyfuse import dispatch
-from pyfuse.backends import triton_device
+from pyfuse.backends import cuda_device, triton_device
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class GpuOfCpuTensors:
@@ -45,11 +50,51 @@ class GpuOfCpuTensors:
         return float(sum(report.instructions for report in self.reports[before:]))
 
 
+class CudaOfCpuTensors:
+    """What pyfuse.backends.cuda_device can call: pyfuse._cuda prepares the launches, which then run here."""
+
+    multiprocessors = 108
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.arch, self.gpu = gpu.arch, gpu
+        self.reports: list[Report] = []
+        self.orders = count()
+
+    def call(self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> None:
+        module = cuda_device.module()
+
+        def launch(
+            unit: str, entry: str, grid: list[int], threads: int, shared: int, cluster: int, params: bytes
+        ) -> None:  # fmt: skip
+            source, options, _ = module.units()[unit]
+            report = nvcc_run.launch(
+                ROOT / source, entry, grid, threads, Packed(params, tensors), gpu=self.gpu, shared=shared,
+                seed=next(self.orders), cluster=cluster, flags=options.split(),
+            )  # fmt: skip
+            self.reports.append(report)
+
+        module.redirect(launch)
+        try:
+            getattr(module, name)((self.arch, self.multiprocessors, 0), arguments)
+        finally:
+            module.redirect(None)
+
+
 @contextmanager
-def standing_in(arch: int, device: str = "emulator") -> Iterator[GpuOfCpuTensors]:
-    """Within this context the backend "triton" takes CPU tensors."""
-    gpu = GpuOfCpuTensors(Emulator(arch) if device == "emulator" else Device())
-    with triton_device.stand_in(gpu):
+def standing_in(
+    arch: int, device: str = "emulator", backend: str = "triton"
+) -> Iterator[GpuOfCpuTensors | CudaOfCpuTensors]:
+    """Within this context that backend takes CPU tensors."""
+    runs = Emulator(arch) if device == "emulator" else Device()
+    gpu: Any
+    stand_in: AbstractContextManager[None]
+    if backend == "cuda":
+        gpu = CudaOfCpuTensors(runs)
+        stand_in = cuda_device.stand_in(gpu)
+    else:
+        gpu = GpuOfCpuTensors(runs)
+        stand_in = triton_device.stand_in(gpu)
+    with stand_in:
         _forget_who_is_available()
         yield gpu
     _forget_who_is_available()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 BACKENDS: dict[str, str] = {
     "cpu": "pyfuse.backends.cpu",  # C++ with SIMD: the embedded default
-    "triton": "pyfuse.backends.triton_gpu",  # the same semantics on GPUs
+    "cuda": "pyfuse.backends.cuda",  # written by hand for NVIDIA's GPUs
+    "triton": "pyfuse.backends.triton_gpu",  # the same semantics on any GPU that Triton knows
     "eager": "pyfuse.backends.eager",  # plain torch on any device: the oracle, and what no kernel covers
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import triton_device, triton_tune
+from pyfuse.backends.gpu_attention import MOST_KEYS, empty_like_q, limits, score_factors, strides
 from pyfuse.backends.triton_device import kernels
 
-MOST_KEYS = 1 << 30  # positions and their differences are 32-bit
 LARGEST_HEAD = 256
 
 
@@ -245,44 +244,11 @@ class Call(NamedTuple):
 
 # What the kernels are told ------------------------------------------------------------------------
 
-LOG2E = math.log2(math.e)
-
-
-def empty_like_q(q: Tensor, dv: int) -> Tensor:
-    """o in the memory order of q: a [B, M, H, D] view gives a [B, M, H, Dv] view, so nothing is copied later."""
-    batch, heads, rows, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty((batch, rows, heads, dv)).transpose(1, 2)
-    return q.new_empty((batch, heads, rows, dv))
-
-
-def strides(t: Tensor) -> tuple[int, ...]:
-    """Of batch, head and row; a packed tensor [T, H, D] has no batch."""
-    return t.stride()[:3] if t.ndim == 4 else (0, t.stride(1), t.stride(0))
-
-
 def lse_strides(t: Tensor | None) -> tuple[int, ...] | None:
     """Of batch and head in [B, Hq, M] or [Hq, T]."""
     if t is None:
         return None
     return t.stride()[:2] if t.ndim == 3 else (0, t.stride(0))
-
-
-def limits(
-    causal: bool, window: tuple[int, int] | None, most: int
-) -> tuple[int | None, int | None]:
-    """How many keys before and after its own place a query sees; None for no limit."""
-    left, right = (-1, -1) if window is None else window
-    if causal:
-        right = 0
-    return None if left < 0 else min(left, most), None if right < 0 else min(right, most)
-
-
-def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """What q·k is multiplied by: for units of log 2, or for tanh; and what tanh is, for those units."""
-    if softcap is None:
-        return scale * LOG2E, None
-    return scale / softcap, softcap * LOG2E
 
 
 def block_of(size: int) -> int:

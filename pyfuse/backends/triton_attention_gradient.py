@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import triton_attention as forward
-from pyfuse.backends.triton_attention import Call, options_of, strides
+from pyfuse.backends.gpu_attention import empty_like_q, strides
+from pyfuse.backends.triton_attention import Call, options_of
 from pyfuse.backends.triton_device import kernels
 
 Saved = tuple[Tensor | None, ...]
@@ -23,7 +24,7 @@ def why_not(needs: frozenset[str], *_tensors: Tensor, **_: Any) -> str | None:
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Result, Saved]:
     """The result, and what the backward needs beside the arguments: o and lse."""
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    o = forward.empty_like_q(q, v.shape[3])
+    o = empty_like_q(q, v.shape[3])
     forward.forward_into(o, lse, q, k, v, **options)
     return (o, lse) if options["return_lse"] else o, (o, lse)
 

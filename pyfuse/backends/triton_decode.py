@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import triton_device
-from pyfuse.backends.triton_attention import (
-    MOST_KEYS,
-    empty_like_q,
-    limits,
-    precision,
-    score_factors,
-    strides,
-    why_not_attention,
-)
+from pyfuse.backends.gpu_attention import MOST_KEYS, empty_like_q, limits, score_factors, strides
+from pyfuse.backends.triton_attention import precision, why_not_attention
 from pyfuse.backends.triton_device import kernels
 
 

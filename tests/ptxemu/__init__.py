@@ -7,7 +7,7 @@
 Time is not modelled: nothing here says how fast a kernel is.
 """
 
-from .arguments import Argument, Output
+from .arguments import Argument, Output, Packed
 from .arguments import Struct as struct
 from .build import BuildError
 from .emulator import Module, PtxError, load
@@ -22,6 +22,7 @@ __all__ = [
     "Finding",
     "Module",
     "Output",
+    "Packed",
     "PtxError",
     "Report",
     "TensorMap",

@@ -13,7 +13,9 @@ import torch
 
 from .tensor_map import TensorMap
 
-Argument = Union[torch.Tensor, np.ndarray, int, float, bool, bytes, "Struct", "Output", TensorMap]
+Argument = Union[
+    torch.Tensor, np.ndarray, int, float, bool, bytes, "Struct", "Packed", "Output", TensorMap
+]
 # A parameter as PTX declares it: name, type, whether it is an array (a struct), byte offset, bytes.
 Parameter = tuple[str, str, bool, int, int]
 
@@ -28,6 +30,15 @@ class Struct:
 
     def __init__(self, layout: str, *values: torch.Tensor | np.ndarray | int | float) -> None:
         self.layout, self.values = layout, values
+
+
+class Packed:
+    """A struct's bytes as host code has filled them. Every aligned word that is an address in the memory of one of
+    `tensors` becomes the device's address."""
+
+    def __init__(self, data: bytes, tensors: Sequence[torch.Tensor | None]) -> None:
+        self.data = data
+        self.values = [t for t in tensors if t is not None]
 
 
 class Output:
@@ -63,7 +74,7 @@ class Memory(ABC):
 
     def register(self, value: object, name: str) -> None:
         """Place the storages of all tensors in an argument."""
-        if isinstance(value, Struct):
+        if isinstance(value, (Struct, Packed)):
             for index, part in enumerate(value.values):
                 self.register(part, f"{name}[{index}]")
         elif isinstance(value, Output):
@@ -114,6 +125,8 @@ class Memory(ABC):
             return value
         if isinstance(value, TensorMap):
             return self.encode_map(value)
+        if isinstance(value, Packed):
+            return self._relocated(value.data)
         if isinstance(value, Struct):
             parts = [self.address(torch.as_tensor(v)) if isinstance(v, (torch.Tensor, np.ndarray)) else v
                      for v in value.values]  # fmt: skip
@@ -125,6 +138,14 @@ class Memory(ABC):
         if not isinstance(value, (int, float)):
             raise TypeError(f"args[{index}]: {type(value).__name__} is no argument")
         return _scalar(value, kind, index)
+
+
+    def _relocated(self, data: bytes) -> bytes:
+        words = np.frombuffer(data.ljust(-(-len(data) // 8) * 8, b"\0"), np.uint64).copy()
+        for host, storage in self.storages.items():
+            inside = (words >= host) & (words < host + storage.size)
+            words[inside] += np.uint64((storage.address - host) % (1 << 64))
+        return words.tobytes()[: len(data)]
 
 
 def _scalar(value: int | float, kind: str, index: int) -> bytes:

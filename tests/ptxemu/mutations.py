@@ -70,7 +70,8 @@ def _copy(kernel: Kernel, seeded: Mutant | None) -> Path:
     folder = FOLDER / "".join(c if c.isalnum() else "_" for c in name)
     folder.mkdir(parents=True, exist_ok=True)
     for file in kernel.files:
-        text = (nvcc_run.SAMPLES / file).read_text()
+        own = nvcc_run.SAMPLES / file
+        text = (own if own.exists() else nvcc_run.LIBRARY / file).read_text()
         if seeded and seeded.file == file:
             text = _replaced(text, seeded.before, seeded.after, f"{seeded.name}: {file}")
         if file in kernel.only:

@@ -21,7 +21,9 @@ from .gpu import Gpu, nvcc_arch
 from .report import Report
 
 SAMPLES = Path(__file__).parent / "samples"
-FLAGS = ("-O3", "-std=c++17", "-lineinfo")
+# What samples take of the library's kernels.
+LIBRARY = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+FLAGS = ("-O3", "-std=c++17", "-lineinfo", f"-I{LIBRARY}")
 
 
 class NvccNotFound(RuntimeError):
@@ -64,7 +66,8 @@ def _with_includes(source: Path, seen: set[Path] | None = None) -> Iterator[Path
     seen.add(source)
     yield source
     for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(), re.MULTILINE):
-        yield from _with_includes(source.parent / name, seen)
+        near = source.parent / name
+        yield from _with_includes(near if near.is_file() else LIBRARY / name, seen)
 
 
 def _compile(source: Path, kind: str, arch: str, options: Sequence[str]) -> Path:

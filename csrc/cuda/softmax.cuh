@@ -1,0 +1,128 @@
+// The online softmax of FlashAttention: scores come tile by tile, and what they weigh is summed up
+// along the way. (Milakov and Gimelshein, arXiv:1805.02867; Dao, arXiv:2307.08691)
+//
+//   m = max s,   l = sum exp2(scale (s - m)),   o = sum exp2(scale (s - m)) v
+//
+// When a tile holds a larger score than all before, l and o are for the old m and have to shrink by
+// exp2(scale (m_old - m)). That is put off until the new maximum is SLACK powers of 2 above: until
+// then weights are above 1, with the same relative precision, and o / l is the same. So the usual
+// tile costs no multiplication of o at all.
+//
+// A warp holds rows as product.cuh leaves them: row 0 and 1 of each 16 are g and g + 8.
+#pragma once
+
+#include "primitives.cuh"
+
+namespace pyfuse::cuda {
+
+/// The sum or maximum of the four lanes that share a row.
+template <class Combine>
+DEVICE float over_row(float x, Combine combine) {
+  x = combine(x, __shfl_xor_sync(~0u, x, 1));
+  return combine(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+/// The running maxima and sums of a warp's 16 MT rows.
+template <int MT>
+struct Softmax {
+  static constexpr float SLACK = 8.0f;  // weights up to 2^8: half precision holds sums of them
+
+  // limit: the largest score that weights may be taken of as they are, SLACK above m.
+  // pivot: scale m, or 0 where no key was seen yet: there s - m must not be inf - inf.
+  float limit[MT][2], pivot[MT][2];
+  float l[MT][2];  // the part of it that this lane's columns have
+
+  DEVICE Softmax() {
+    for (int i = 0; i < MT; ++i) {
+      for (int row = 0; row < 2; ++row) {
+        limit[i][row] = -INFINITY;
+        pivot[i][row] = l[i][row] = 0.0f;
+      }
+    }
+  }
+
+  /// Turn scores into weights exp2(scale (s - m)) and add them to l. `o` are sums of what older
+  /// weights have weighed.
+  template <int PARTS, int OUT>
+  DEVICE void step(float (&s)[MT][PARTS][4], float (&o)[MT][OUT][4], float scale) {
+    float top[MT][2];
+    bool higher = false;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float x = fmaxf(s[i][0][2 * row], s[i][0][2 * row + 1]);
+#pragma unroll
+        for (int n = 1; n < PARTS; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * row], s[i][n][2 * row + 1]));
+        top[i][row] = over_row(x, fmaxf);
+        higher |= top[i][row] > limit[i][row];
+      }
+    }
+    if (__any_sync(~0u, higher)) rise(top, o, scale);
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int n = 0; n < PARTS; ++n) {
+          for (int j = 2 * row; j < 2 * row + 2; ++j) {
+            s[i][n][j] = exp2_approx(fmaf(s[i][n][j], scale, -pivot[i][row]));
+            l[i][row] += s[i][n][j];
+          }
+        }
+      }
+    }
+  }
+
+  /// Divide o by the sums, times `factor`, and give lse = ln sum exp of each row, in which the
+  /// `sink` counts (in units of log 2; -inf: none). A row without keys gets o = 0.
+  template <int OUT>
+  DEVICE void end(float (&o)[MT][OUT][4], float (&lse)[MT][2], float sink, float factor) {
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      float inverse[2];
+      for (int row = 0; row < 2; ++row) {
+        const float keys = over_row(l[i][row], [](float x, float y) { return x + y; });
+        const float base = keys == 0.0f ? sink : fmaxf(pivot[i][row], sink);
+        const float share = keys == 0.0f ? 0.0f : exp2_approx(pivot[i][row] - base);
+        const float sum = fmaf(keys, share, sink == -INFINITY ? 0.0f : exp2_approx(sink - base));
+        lse[i][row] = sum == 0.0f ? -INFINITY : fmaf(base, LN2, logf(sum));
+        inverse[row] = keys == 0.0f ? 0.0f : share * factor / sum;
+      }
+#pragma unroll
+      for (int n = 0; n < OUT; ++n) {
+        for (int j = 0; j < 4; ++j) o[i][n][j] *= inverse[j / 2];
+      }
+    }
+  }
+
+ private:
+  static constexpr float LN2 = 0.69314718f;
+
+  /// Take new maxima, and shrink what was summed up for the old ones.
+  template <int OUT>
+  DEVICE void rise(const float (&top)[MT][2], float (&o)[MT][OUT][4], float scale) {
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      float shrink[2];
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float x = top[i][row] * scale;
+        const bool first = limit[i][row] == -INFINITY;
+        const bool higher = top[i][row] != -INFINITY && (first || x > pivot[i][row]);
+        shrink[row] = first ? 0.0f : higher ? exp2_approx(pivot[i][row] - x) : 1.0f;
+        if (higher) {
+          pivot[i][row] = x;
+          limit[i][row] = top[i][row] + SLACK / scale;
+        }
+        l[i][row] *= shrink[row];
+      }
+#pragma unroll
+      for (int n = 0; n < OUT; ++n) {
+        for (int j = 0; j < 4; ++j) o[i][n][j] *= shrink[j / 2];
+      }
+    }
+  }
+};
+
+}  // namespace pyfuse::cuda

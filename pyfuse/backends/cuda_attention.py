@@ -1,0 +1,163 @@
+"""Attention on the CUDA kernels, padded and packed: what they take, and the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfuse.backends import cuda_device
+from pyfuse.backends.cuda_device import DTYPE, address, integers
+from pyfuse.backends.gpu_attention import (
+    MOST_KEYS,
+    empty_like_q,
+    limits,
+    score_factors,
+    strides,
+)
+
+LARGEST_HEAD = 256
+Arguments = tuple[Any, ...]
+
+
+def why_not_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **_: Any
+) -> str | None:
+    reason = cuda_device.why_not("q", q)
+    if reason is not None:
+        return reason
+    for letter, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
+        if not 0 < d <= LARGEST_HEAD:
+            return f"{letter} is {d}, the kernel has 1 to {LARGEST_HEAD}"
+    rows = 2 if q.ndim == 4 else 0
+    most = max(q.shape[rows], k.shape[rows])
+    if most >= MOST_KEYS:
+        return f"{most} queries or keys, the kernel counts to {MOST_KEYS}"
+    if mask is not None and mask.dtype not in (torch.bool, *DTYPE):
+        return f"mask is {mask.dtype}; the kernel has bool, float32, bfloat16 and float16"
+    return None
+
+
+def why_not_varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **_: Any
+) -> str | None:
+    return why_not_attention(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.attention."""
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if options["return_lse"] else None
+    o = empty_like_q(q, v.shape[3])
+    forward_into(o, lse, q, k, v, None, None, options)
+    return o if lse is None else (o, lse)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See pyfuse.varlen_attention."""
+    rows, heads, _ = q.shape
+    lse = q.new_empty((heads, rows), dtype=torch.float32) if options["return_lse"] else None
+    o = q.new_empty((rows, heads, v.shape[2]))
+    forward_into(o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+    return o if lse is None else (o, lse)
+
+
+def forward_into(
+    o: Tensor,
+    lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    options: dict[str, Any],
+) -> None:
+    """Write o, and lse where one is given."""
+    if o.numel() == 0:
+        return
+    call, tensors = call_arguments(q, k, v, cu_q, cu_k, (o,), **options)
+    arguments = (*call, o.data_ptr(), strides(o), address(lse), lse_strides(lse))
+    cuda_device.of(q).call("attention_forward", arguments, (*tensors, o, lse))
+
+
+def call_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    others: tuple[Tensor, ...],
+    *,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    scale: float,
+    return_lse: bool,
+    seqlens_k: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+) -> tuple[Arguments, tuple[Tensor | None, ...]]:
+    """The call in the order in which csrc/api/cuda_arguments.h reads it, and the tensors that it tells of.
+
+    others: tensors of rows beside q, k and v that the kernels read or write.
+    """
+    if cu_q is None:
+        batch, heads, m, d = q.shape
+        groups, n, dv = v.shape[1:]
+    else:
+        batch = cu_q.shape[0] - 1
+        m, heads, d = q.shape
+        n, groups, dv = v.shape
+    left, right = limits(causal, window, m + n)
+    slopes, sink = _floats(alibi_slopes), _floats(sinks)
+    lengths, bounds_q, bounds_k = _dense(seqlens_k), _dense(cu_q), _dense(cu_k)
+    factor, cap = score_factors(scale, softcap)
+    kind, mask_strides = 0, (0, 0, 0, 0)
+    if mask is not None:
+        kind = -1 if mask.dtype == torch.bool else DTYPE[mask.dtype]
+        mask_strides = mask.expand(batch, heads, m, n).stride()  # zero where broadcast
+    arguments: Arguments = (
+        DTYPE[q.dtype], (batch, heads, heads // groups, m, n, d, dv),
+        q.data_ptr(), strides(q), k.data_ptr(), strides(k), v.data_ptr(), strides(v), aligned(q, k, v, *others),
+        factor, cap or 0.0, -1 if left is None else left, -1 if right is None else right,
+        address(slopes), address(sink), *integers(lengths), *integers(bounds_q), *integers(bounds_k),
+        address(mask), kind, mask_strides, *cuda_device.dropout_words(dropout_p, dropout_seed),
+    )  # fmt: skip
+    return arguments, (q, k, v, slopes, sink, lengths, bounds_q, bounds_k, mask)
+
+
+def aligned(*tensors: Tensor) -> int:
+    """Whether rows start at multiples of 16 bytes and are so long, as copies of 16 bytes need."""
+    return int(
+        all(
+            t.data_ptr() % 16 == 0
+            and t.shape[-1] * t.element_size() % 16 == 0
+            and all(
+                stride * t.element_size() % 16 == 0
+                for stride, size in zip(t.stride()[:-1], t.shape, strict=False)
+                if size > 1
+            )
+            for t in tensors
+        )
+    )
+
+
+def lse_strides(t: Tensor | None) -> tuple[int, ...]:
+    """Of batch and head in [B, Hq, M] or [Hq, T]."""
+    if t is None:
+        return (0, 0)
+    return t.stride()[:2] if t.ndim == 3 else (0, t.stride(0))
+
+
+def _floats(t: Tensor | None) -> Tensor | None:
+    """A few numbers, one for each head, as the kernels read them."""
+    return None if t is None else t.float().contiguous()
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
