@@ -240,7 +240,8 @@ def test_queries_that_see_nothing(target: Target, dtype: str, sinks: bool) -> No
 def test_options_without_effect(target: Target, dtype: str) -> None:
     inputs = build(Case(dtype=dtype))
     expected = call(target.backend, inputs)
-    close = {"rtol": 0.0, "atol": 4 * torch.finfo(expected.dtype).eps}
+    # A cap's factors round a score of 8 three times more, and exp makes of that as much, relative to 1.
+    close = {"rtol": 0.0, "atol": 8 * torch.finfo(expected.dtype).eps}
     for options in WITHOUT_EFFECT:
         actual = call(target.backend, inputs, **options)
         torch.testing.assert_close(actual, expected, **close, msg=lambda m, o=options: f"{o}: {m}")

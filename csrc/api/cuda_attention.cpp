@@ -15,7 +15,7 @@ struct ForwardTiles {
     const int largest_n = half ? 64 : d <= 64 ? 64 : d == 256 ? 16 : 32;
     const int block_n = plain ? largest_n : largest_n < 64 ? largest_n : 32;
     block_m = plain && half && d <= 128 ? 128 : 64;
-    shared = (block_m + 2 * block_n) * d * size_of(dtype);
+    shared = (block_m + 2 * block_n) * d * size_of(dtype) + 128;  // and what its threads share
   }
 };
 

@@ -19,6 +19,31 @@ namespace {
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 
+/// What all threads of a block know, in shared memory: registers are for o.
+struct Work {
+  Place place;
+  Band band;
+  KeyTiles tiles;
+  int m0;
+
+  template <int BLOCK_M, int BLOCK_N>
+  static DEVICE const Work& of(const AttentionCall& p, Work* shared) {
+    const int blocks = (p.M + BLOCK_M - 1) / BLOCK_M;
+    // Where causal, the blocks that see most keys first.
+    const int x = static_cast<int>(blockIdx.x);
+    const int index = p.cu_q.data != nullptr ? x : x / blocks * blocks + (blocks - 1 - x % blocks);
+    const Place place = place_of<BLOCK_M>(p, false, index, blocks);
+    if (threadIdx.x == 0) {
+      shared->place = place;
+      shared->m0 = place.block * BLOCK_M;
+      shared->band = band_of(p, place.b, place.count, place.others);
+      shared->tiles = KeyTiles::of<BLOCK_N>(shared->band, shared->m0, BLOCK_M, p.mask != nullptr);
+    }
+    __syncthreads();
+    return *shared;
+  }
+};
+
 /// MT times 16 rows a warp: two of them share each operand that is read of K and V, as long as o
 /// (32 MT D / 64 registers) leaves room.
 template <typename T, int D, int MT, int BLOCK_N, class Policy>
@@ -34,14 +59,13 @@ struct Forward {
   static constexpr bool KEEP_QUERIES = sizeof(T) == 2 && MT * D <= 128;
 
   const AttentionForward& p;
-  static constexpr int KEYS = Queries::BYTES, VALUES = KEYS + Keys::BYTES;  // where they start
+  // Where they start, and what all threads share.
+  static constexpr int KEYS = Queries::BYTES, VALUES = KEYS + Keys::BYTES,
+                       END = VALUES + Keys::BYTES;
   char* const shared;
   const uint32_t lane, row_lane, own_lane;  // lane_address, _of_rows, and of this warp's queries
-  int h, m0, m;                             // m: this lane's first row
-  Place place;
-  Band band;
-  const char *k, *v;     // this thread's part of the first key and value
-  int64_t k_row, v_row;  // bytes between rows
+  const Work& work;
+  const int64_t k_row, v_row;  // bytes between rows
 
   float o[MT][OUT][4] = {};
   Softmax<MT> softmax;
@@ -52,38 +76,43 @@ struct Forward {
         shared(shared),
         lane(lane_address<Keys>(shared_address(shared))),
         row_lane(lane_address_of_rows<Keys>(shared_address(shared))),
-        own_lane(lane + threadIdx.x / 32 * WARP_M * Queries::ROW) {
-    const int blocks = (p.M + BLOCK_M - 1) / BLOCK_M;
-    // Where causal, the blocks that see most keys first.
-    const int x = static_cast<int>(blockIdx.x);
-    const int index = p.cu_q.data != nullptr ? x : x / blocks * blocks + (blocks - 1 - x % blocks);
-    place = place_of<BLOCK_M>(p, false, index, blocks);
-    h = blockIdx.y;
-    m0 = place.block * BLOCK_M;
-    m = m0 + threadIdx.x / 32 * WARP_M + threadIdx.x % 32 / 4;
-    band = band_of(p, place.b, place.count, place.others);
-    k_row = p.k_stride[2] * int64_t(sizeof(T)), v_row = p.v_stride[2] * int64_t(sizeof(T));
-    k = Copy::part(row_of<T>(p.k, p.k_stride, place.batch, h / p.group, place.other), k_row);
-    v = Copy::part(row_of<T>(p.v, p.v_stride, place.batch, h / p.group, place.other), v_row);
+        own_lane(lane + threadIdx.x / 32 * WARP_M * Queries::ROW),
+        work(Work::of<BLOCK_M, BLOCK_N>(p, reinterpret_cast<Work*>(shared + END))),
+        k_row(p.k_stride[2] * int64_t(sizeof(T))),
+        v_row(p.v_stride[2] * int64_t(sizeof(T))) {}
+
+  /// This thread's part of the keys, or values, from n on.
+  DEVICE const char* keys(int n) const {
+    const Place& at = work.place;
+    return Copy::part(row_of<T>(p.k, p.k_stride, at.batch, h() / p.group, at.other + n), k_row);
   }
+  DEVICE const char* values(int n) const {
+    const Place& at = work.place;
+    return Copy::part(row_of<T>(p.v, p.v_stride, at.batch, h() / p.group, at.other + n), v_row);
+  }
+
+  static DEVICE int h() { return blockIdx.y; }
+  static DEVICE int warp_row() { return threadIdx.x / 32 * WARP_M; }
+  /// This lane's first query.
+  DEVICE int m() const { return work.m0 + warp_row() + threadIdx.x % 32 / 4; }
 
   /// Start copying rows of K or V, at this thread's part of key n's on, into their tile.
   template <bool EDGE>
   DEVICE void load(int tile, const char* from, int64_t row, int d, int n) const {
     if (Policy::FOLD || p.aligned) {
       Copy::template start<BLOCK_N, EDGE>(shared_address(shared) + tile, from, row, d * sizeof(T),
-                                          band.end - n);
+                                          work.band.end - n);
     } else {
-      Copy::template copy<T, BLOCK_N>(shared + tile, from, row, d, band.end - n);
+      Copy::template copy<T, BLOCK_N>(shared + tile, from, row, d, work.band.end - n);
     }
     cp_async_commit();
   }
 
   DEVICE void load_queries() {
-    const char* q = row_of<T>(p.q, p.q_stride, place.batch, h, place.row + m0);
+    const char* q = row_of<T>(p.q, p.q_stride, work.place.batch, h(), work.place.row + work.m0);
     const int64_t row = p.q_stride[2] * int64_t(sizeof(T));
     using Copy = Copier<Queries, THREADS>;
-    const int inside = place.count - m0;
+    const int inside = work.place.count - work.m0;
     if (Policy::FOLD || p.aligned) {
       Copy::template start<BLOCK_M, true>(shared_address(shared), Copy::part(q, row), row,
                                           p.d * sizeof(T), inside);
@@ -115,14 +144,16 @@ struct Forward {
   }
 
   /// Fold the tile of keys at n into the sums. v_tile: this thread's part of its values; k_next: of
-  /// the keys of the tile after it, at n_next, or null after the last. EDGE: some query does not
+  /// the keys of the tile after it, at n_next, if there is one `more`. EDGE: some query does not
   /// see some key of this one.
   template <bool EDGE>
-  DEVICE void step(int n, const char* v_tile, const char* k_next, int n_next) {
+  DEVICE void step(int n, const char* v_tile, bool more, const char* k_next, int n_next) {
     cp_async_wait<0>();
     __syncthreads();  // the keys are there for all, and nobody reads values any more
     load<EDGE>(VALUES, v_tile, v_row, p.dv, n);
     float s[MT][PARTS][4] = {};
+    uint32_t row_lane = this->row_lane;
+    forget(row_lane);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       if constexpr (KEEP_QUERIES) {
@@ -135,16 +166,16 @@ struct Forward {
     }
     cp_async_wait<0>();
     __syncthreads();  // the values are there for all, and nobody reads keys any more
-    if (k_next != nullptr) load<EDGE>(KEYS, k_next, k_row, p.d, n_next);
-    const Policy policy(p, band, place.b, h);
-    policy.score(s, p, m, n);
+    const Policy policy(p, work.band, work.place.b, h());
+    policy.score(s, p, m(), n);
     uint64_t spoilt = 0;
     if constexpr (EDGE) {
       spoilt = spoilt_values();
-      hide(s, band, m, n, spoilt);
+      hide(s, work.band, m(), n, spoilt);
     }
-    softmax.step(s, o, policy.scale(p));
-    policy.drop(s, p, m, n);
+    softmax.template step<EDGE>(s, o, policy.scale(p));
+    policy.drop(s, p, m(), n);
+    if (more) load<EDGE>(KEYS, k_next, k_row, p.d, n_next);
     if constexpr (EDGE) {
       weigh(s, KeptRows{~spoilt});
     } else {
@@ -168,12 +199,12 @@ struct Forward {
   }
 
   DEVICE void run() {
-    if (place.nothing || m0 >= place.count) return;
-    const auto tiles = KeyTiles::of<BLOCK_N>(band, m0, BLOCK_M, p.mask != nullptr);
+    if (work.place.nothing || work.m0 >= work.place.count) return;
+    const KeyTiles& tiles = work.tiles;
     load_queries();
     cp_async_commit();
     int n = tiles.start<BLOCK_N>(0);
-    if (tiles.tiles > 0) load<true>(KEYS, k + n * k_row, k_row, p.d, n);
+    if (tiles.tiles > 0) load<true>(KEYS, keys(n), k_row, p.d, n);
     if constexpr (KEEP_QUERIES) {
       cp_async_wait<0>();
       __syncthreads();
@@ -183,29 +214,30 @@ struct Forward {
     int left = tiles.tiles - tiles.edges;
     for (int i = 0; i < tiles.edges; ++i) {
       const int next = tiles.start<BLOCK_N>(i + 1);
-      const bool any = i + 1 < tiles.edges || left > 0;
-      step<true>(n, v + n * v_row, any ? k + next * k_row : nullptr, next);
+      const bool more = i + 1 < tiles.edges || left > 0;
+      step<true>(n, values(n), more, keys(next), next);
       n = next;
     }
     const int64_t k_step = BLOCK_N * k_row, v_step = BLOCK_N * v_row;
-    const char *k_next = k + n * k_row + k_step, *v_tile = v + n * v_row;
+    const char *k_next = keys(n) + k_step, *v_tile = values(n);
     for (; left > 0; --left, k_next += k_step, v_tile += v_step, n += BLOCK_N)
-      step<false>(n, v_tile, left > 1 ? k_next : nullptr, 0);
+      step<false>(n, v_tile, left > 1, k_next, 0);
     cp_async_wait<0>();
     __syncthreads();
     end();
   }
 
   DEVICE void end() {
-    const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[h] * LOG2E;
+    const float sink = p.sinks == nullptr ? -INFINITY : p.sinks[h()] * LOG2E;
     float lse[MT][2];
     softmax.end(o, lse, sink, p.keep_scale);
     if (p.lse != nullptr && threadIdx.x % 4 == 0) {
-      float* to = p.lse + place.batch * p.lse_stride[0] + h * p.lse_stride[1] + place.row;
+      float* to =
+          p.lse + work.place.batch * p.lse_stride[0] + h() * p.lse_stride[1] + work.place.row;
       for (int i = 0; i < MT; ++i) {
         for (int row = 0; row < 2; ++row) {
-          const int at = m + 16 * i + 8 * row;
-          if (at < place.count) to[at] = lse[i][row];
+          const int at = m() + 16 * i + 8 * row;
+          if (at < work.place.count) to[at] = lse[i][row];
         }
       }
     }
@@ -214,14 +246,15 @@ struct Forward {
 
   /// Write o by way of the queries' tile, of which each warp has its own rows: 16 bytes a lane.
   DEVICE void store() {
-    const int row0 = threadIdx.x / 32 * WARP_M;
 #pragma unroll
-    for (int i = 0; i < MT; ++i) store_product<T, Queries>(shared, row0 + 16 * i, o[i]);
+    for (int i = 0; i < MT; ++i) store_product<T, Queries>(shared, warp_row() + 16 * i, o[i]);
     __syncwarp();
-    T* to = static_cast<T*>(p.o) + place.batch * p.o_stride[0] + h * p.o_stride[1] +
-            (place.row + m0 + row0) * p.o_stride[2];
-    write_rows<T, Queries>(shared, row0, WARP_M, to, p.o_stride[2], p.dv,
-                           min(WARP_M, place.count - m0 - row0), Policy::FOLD || p.aligned);
+    const Place& place = work.place;
+    const int first = work.m0 + warp_row();
+    T* to = static_cast<T*>(p.o) + place.batch * p.o_stride[0] + h() * p.o_stride[1] +
+            (place.row + first) * p.o_stride[2];
+    write_rows<T, Queries>(shared, warp_row(), WARP_M, to, p.o_stride[2], p.dv,
+                           min(WARP_M, place.count - first), Policy::FOLD || p.aligned);
   }
 };
 
@@ -246,8 +279,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   run<Forward<ELEMENT, HEAD_SIZE, MT, BLOCK_N, Plain>>(p);
 }
 
-/// Everything else; 64 queries to a block.
-extern "C" __global__ void __launch_bounds__(THREADS)
+/// Everything else; 64 queries to a block. Two blocks to a multiprocessor are said, so that no
+/// register is held back for more.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     forward_options(const __grid_constant__ AttentionForward p) {
   run < Forward<ELEMENT, HEAD_SIZE, 1, BLOCK_N<64 ? BLOCK_N : 32, Options>>(p);
 }

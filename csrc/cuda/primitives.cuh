@@ -20,6 +20,10 @@ DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// Makes the compiler forget what it knows of x: what follows is computed of it here, and not kept in
+/// registers from one round of a loop to the next.
+DEVICE void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
+
 /// Start copying 16 bytes from global to shared memory, past L1 and the registers. (PTX ISA:
 /// cp.async)
 DEVICE void cp_async(uint32_t to, const void* from) {

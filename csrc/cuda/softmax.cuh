@@ -27,23 +27,19 @@ template <int MT>
 struct Softmax {
   static constexpr float SLACK = 8.0f;  // weights up to 2^8: half precision holds sums of them
 
-  // limit: the largest score that weights may be taken of as they are, SLACK above m.
-  // pivot: scale m, or 0 where no key was seen yet: there s - m must not be inf - inf.
-  float limit[MT][2], pivot[MT][2];
-  float l[MT][2];  // the part of it that this lane's columns have
+  float pivot[MT][2];  // scale m
+  float l[MT][2];      // the part of it that this lane's columns have
 
   DEVICE Softmax() {
     for (int i = 0; i < MT; ++i) {
-      for (int row = 0; row < 2; ++row) {
-        limit[i][row] = -INFINITY;
-        pivot[i][row] = l[i][row] = 0.0f;
-      }
+      pivot[i][0] = pivot[i][1] = -INFINITY;
+      l[i][0] = l[i][1] = 0.0f;
     }
   }
 
   /// Turn scores into weights exp2(scale (s - m)) and add them to l. `o` are sums of what older
-  /// weights have weighed.
-  template <int PARTS, int OUT>
+  /// weights have weighed. GUARDED: rows may have seen no key yet.
+  template <bool GUARDED, int PARTS, int OUT>
   DEVICE void step(float (&s)[MT][PARTS][4], float (&o)[MT][OUT][4], float scale) {
     float top[MT][2];
     bool higher = false;
@@ -55,7 +51,7 @@ struct Softmax {
 #pragma unroll
         for (int n = 1; n < PARTS; ++n) x = fmaxf(x, fmaxf(s[i][n][2 * row], s[i][n][2 * row + 1]));
         top[i][row] = over_row(x, fmaxf);
-        higher |= top[i][row] > limit[i][row];
+        higher |= fmaf(top[i][row], scale, -pivot[i][row]) > SLACK;
       }
     }
     if (__any_sync(~0u, higher)) rise(top, o, scale);
@@ -63,10 +59,12 @@ struct Softmax {
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
+        // A row that has seen no key yet must not give inf - inf.
+        const float base = GUARDED && pivot[i][row] == -INFINITY ? 0.0f : pivot[i][row];
 #pragma unroll
         for (int n = 0; n < PARTS; ++n) {
           for (int j = 2 * row; j < 2 * row + 2; ++j) {
-            s[i][n][j] = exp2_approx(fmaf(s[i][n][j], scale, -pivot[i][row]));
+            s[i][n][j] = exp2_approx(fmaf(s[i][n][j], scale, -base));
             l[i][row] += s[i][n][j];
           }
         }
@@ -107,14 +105,9 @@ struct Softmax {
       float shrink[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float x = top[i][row] * scale;
-        const bool first = limit[i][row] == -INFINITY;
-        const bool higher = top[i][row] != -INFINITY && (first || x > pivot[i][row]);
-        shrink[row] = first ? 0.0f : higher ? exp2_approx(pivot[i][row] - x) : 1.0f;
-        if (higher) {
-          pivot[i][row] = x;
-          limit[i][row] = top[i][row] + SLACK / scale;
-        }
+        const float x = top[i][row] * scale, before = pivot[i][row];
+        if (x > before) pivot[i][row] = x;
+        shrink[row] = before == -INFINITY ? 0.0f : exp2_approx(before - pivot[i][row]);
         l[i][row] *= shrink[row];
       }
 #pragma unroll

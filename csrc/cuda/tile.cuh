@@ -40,9 +40,11 @@ struct Tile {
 /// every LOADED-th row.
 template <class Tile, int THREADS>
 struct Copier {
-  // The largest power of 2 that a row's chunks are a multiple of, or all of them.
-  static constexpr int ACROSS = THREADS % Tile::ROW_CHUNKS == 0 ? Tile::ROW_CHUNKS : Tile::CHUNKS;
-  static constexpr int LOADED = THREADS / ACROSS;  // rows at a time
+  static constexpr int WHOLE = THREADS % Tile::ROW_CHUNKS == 0 ? Tile::ROW_CHUNKS : Tile::CHUNKS;
+  static constexpr int ACROSS = WHOLE < THREADS / 8 ? WHOLE : THREADS / 8;  // chunks at a time
+  static constexpr int LOADED = THREADS / ACROSS;                           // rows at a time
+  // So a thread's chunks are all swizzled alike, and lie whole rows and panels apart.
+  static_assert(LOADED % 8 == 0 && ACROSS % Tile::CHUNKS == 0);
 
   static DEVICE int row() { return threadIdx.x % THREADS / ACROSS; }
   static DEVICE int chunk() { return threadIdx.x % ACROSS; }
@@ -59,16 +61,17 @@ struct Copier {
   template <int ROWS, bool RAGGED>
   static DEVICE void start(uint32_t tile, const char* from, int64_t stride, int bytes,
                            int inside = ROWS) {
+    const uint32_t to = tile + Tile::at(row(), chunk());
 #pragma unroll
     for (int i = 0; i < ROWS; i += LOADED, from += LOADED * stride) {
 #pragma unroll
       for (int c = 0; c < Tile::ROW_CHUNKS; c += ACROSS) {
         if ((c + chunk()) * 16 >= bytes || (ROWS % LOADED != 0 && i + row() >= ROWS)) continue;
-        const uint32_t to = tile + Tile::at(row() + i, chunk() + c);
+        const uint32_t place = to + i * Tile::ROW + c / Tile::CHUNKS * Tile::PANEL;
         if constexpr (RAGGED) {
-          cp_async_or_zero(to, from + c * 16, row() + i < inside);
+          cp_async_or_zero(place, from + c * 16, row() + i < inside);
         } else {
-          cp_async(to, from + c * 16);
+          cp_async(place, from + c * 16);
         }
       }
     }
