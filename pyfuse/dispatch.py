@@ -54,6 +54,9 @@ class Impl(NamedTuple):
     fn: Callable[..., Any]
     why_not: Callable[..., str | None]
     gradient: Gradient | None = None
+    # (gradient wanted, *tensors, **options) -> why the backend after this one is the better choice, if it can run the
+    # call; None if it is not. Asked only where the caller names no backend.
+    yields: Callable[..., str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ def choose(
     # use_backend() has checked its name; this spares most calls a function.
     named = _named.get() if backend is None and _default_name is None else _name_of(backend)
     reasons = []
+    waiting = None  # the backend before, which yields to this one
     for name in BACKENDS if named is None else (named,):
         offer = _offer(name, op)
         if demand is VALUES and not isinstance(offer, str):  # in most calls
@@ -225,7 +229,15 @@ def choose(
         else:
             reason = _why_not(name, offer, tensors, options, demand)
         if reason is None:
-            return offer  # type: ignore[return-value]  # no reason: an Impl
+            assert not isinstance(offer, str)
+            if waiting is None and offer.yields is not None and named is None:
+                reason = offer.yields(bool(demand.needs), *tensors, **options)
+                if reason is not None:
+                    waiting = offer
+                    continue
+            return offer
+        if waiting is not None:
+            return waiting
         reasons.append(f"\n  {name}: {reason}")
     raise NotImplementedError(f"no backend can run {op}:{''.join(reasons)}")
 
@@ -270,11 +282,21 @@ def _ask_all(
     op: str, tensors: tuple[Any, ...], options: dict[str, Any], backend: str | None
 ) -> Explanation:
     demand, named = _demand(op, tensors, options), _name_of(backend)
-    candidates = []
+    candidates: list[Candidate] = []
+    waiting = None
     for name in BACKENDS if named is None else (named,):
-        reason = _why_not(name, _offer(name, op), tensors, options, demand)
+        offer = _offer(name, op)
+        reason = _why_not(name, offer, tensors, options, demand)
+        if reason is None and waiting is None and named is None:
+            assert not isinstance(offer, str)
+            better = offer.yields and offer.yields(bool(demand.needs), *tensors, **options)
+            if better:
+                waiting, reason = name, f"can, but the next goes first: {better}"
         candidates.append(Candidate(name, reason))
         if reason is None:
+            break
+        if waiting not in (None, name):
+            candidates.append(Candidate(str(waiting), None))
             break
     return Explanation(op, tuple(candidates), tuple(sorted(demand.needs)))
 

@@ -39,7 +39,7 @@ def test_every_listed_backend_keeps_the_contract() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="backend: got 'gpu', needs one of cpu, triton, eager"):
+    with pytest.raises(ValueError, match="backend: got 'gpu', needs one of cpu, cuda, triton, eager"):
         pyfuse.attention(Q, Q, Q, backend="gpu")
     with pytest.raises(ValueError, match="use_backend: got 'gpu'"), pyfuse.use_backend("gpu"):
         pass
@@ -66,7 +66,7 @@ def test_use_backend_is_scoped_and_overruled_by_the_argument() -> None:
 def test_explain_names_each_backend_passed_over() -> None:
     answer = pyfuse.explain(pyfuse.attention, EMPTY, EMPTY, EMPTY)
     assert answer.chosen == "eager"
-    assert [c.backend for c in answer.candidates] == ["cpu", "triton", "eager"]
+    assert [c.backend for c in answer.candidates] == ["cpu", "cuda", "triton", "eager"]
     assert answer.candidates[0].reason and answer.candidates[-1].reason is None
     assert str(answer).splitlines()[0] == "attention: eager" and "cpu: " in str(answer)
 
@@ -89,7 +89,7 @@ def test_environment_chooses_the_backend() -> None:
     refused = python(code, PYFUSE_BACKEND="vulkan")
     assert refused.returncode != 0
     assert (
-        "ValueError: PYFUSE_BACKEND: got 'vulkan', needs one of cpu, triton, eager"
+        "ValueError: PYFUSE_BACKEND: got 'vulkan', needs one of cpu, cuda, triton, eager"
         in refused.stderr
     )
 

@@ -120,10 +120,10 @@ struct Forward {
       Copy::template copy<T, BLOCK_M>(shared, Copy::part(q, row), row, p.d, inside);
     }
     if (p.d < D) {
-      Copy::template clear_padding<T, BLOCK_M>(shared, p.d);
-      Forward::Copy::template clear_padding<T, BLOCK_N>(shared + KEYS, p.d);
+      Copy::template clear_padding<BLOCK_M>(shared, p.d);
+      Forward::Copy::template clear_padding<BLOCK_N>(shared + KEYS, p.d);
     }
-    if (p.dv < D) Forward::Copy::template clear_padding<T, BLOCK_N>(shared + VALUES, p.dv);
+    if (p.dv < D) Forward::Copy::template clear_padding<BLOCK_N>(shared + VALUES, p.dv);
   }
 
   /// Which of the tile's values are not finite, bit n for row n: their weight of 0 would be NaN.
@@ -244,17 +244,26 @@ struct Forward {
     store();
   }
 
-  /// Write o by way of the queries' tile, of which each warp has its own rows: 16 bytes a lane.
+  /// Write o; of 16-bit elements by way of the queries' tile, of which each warp has its own rows:
+  /// so that a lane has 16 bytes together.
   DEVICE void store() {
-#pragma unroll
-    for (int i = 0; i < MT; ++i) store_product<T, Queries>(shared, warp_row() + 16 * i, o[i]);
-    __syncwarp();
     const Place& place = work.place;
-    const int first = work.m0 + warp_row();
+    const int first = work.m0 + warp_row(), inside = place.count - first;
+    const bool aligned = Policy::FOLD || p.aligned;
+    const int64_t row = p.o_stride[2];
     T* to = static_cast<T*>(p.o) + place.batch * p.o_stride[0] + h() * p.o_stride[1] +
-            (place.row + first) * p.o_stride[2];
-    write_rows<T, Queries>(shared, warp_row(), WARP_M, to, p.o_stride[2], p.dv,
-                           min(WARP_M, place.count - first), Policy::FOLD || p.aligned);
+            (place.row + first) * row;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+      if constexpr (sizeof(T) == 4) {
+        write_product_f32(to + 16 * i * row, row, p.dv, inside - 16 * i, aligned, o[i]);
+      } else {
+        store_product<T, Queries>(shared, warp_row() + 16 * i, o[i]);
+      }
+    }
+    if constexpr (sizeof(T) == 4) return;
+    __syncwarp();
+    write_rows<T, Queries>(shared, warp_row(), WARP_M, to, row, p.dv, inside, aligned);
   }
 };
 

@@ -20,8 +20,8 @@ DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// Makes the compiler forget what it knows of x: what follows is computed of it here, and not kept in
-/// registers from one round of a loop to the next.
+/// Makes the compiler forget what it knows of x: what follows is computed of it here, and not kept
+/// in registers from one round of a loop to the next.
 DEVICE void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
 
 /// Start copying 16 bytes from global to shared memory, past L1 and the registers. (PTX ISA:
@@ -63,6 +63,13 @@ DEVICE uint4 load_shared16(uint32_t address) {
                : "r"(address)
                : "memory");
   return x;
+}
+
+/// 16 bytes of global memory: in words the compiler may store them one by one.
+DEVICE void store_global16(void* to, const float (&x)[4]) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
 }
 
 DEVICE void store_shared4(uint32_t address, uint32_t x) {

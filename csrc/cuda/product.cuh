@@ -170,21 +170,39 @@ DEVICE void multiply_columns_f32(float (&c)[MT][OUT][4], const float (&a)[MT][PA
   }
 }
 
-/// Put a product [16, D] (of float32 by multiply_columns_f32) into the rows of a tile from `row`
-/// on.
+/// Put a product [16, D] of 16-bit elements into the rows of a tile from `row` on.
 template <typename T, class Tile, int OUT>
 DEVICE void store_product(char* tile, int row, const float (&c)[OUT][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int n = 0; n < OUT; n += sizeof(T) / 2) {
-      const float x = c[n][2 * i], y = c[n][2 * i + 1];
-      if constexpr (sizeof(T) == 2) {
-        *reinterpret_cast<uint32_t*>(tile + Tile::at(row + g + 8 * i, n) + t * 4) = pack(x, y, T());
+    for (int n = 0; n < OUT; ++n) {
+      *reinterpret_cast<uint32_t*>(tile + Tile::at(row + g + 8 * i, n) + t * 4) =
+          pack(c[n][2 * i], c[n][2 * i + 1], T());
+    }
+  }
+}
+
+/// Write a product [16, D] of multiply_columns_f32 to memory, of whose rows `inside` exist: a lane
+/// has 16 bytes together.
+template <int OUT>
+DEVICE void write_product_f32(float* to, int64_t stride, int elements, int inside, bool aligned,
+                              const float (&c)[OUT][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (g + 8 * i >= inside) continue;
+    float* const row = to + (g + 8 * i) * stride;
+#pragma unroll
+    for (int n = 0; n < OUT; n += 2) {
+      const int d = 8 * n + 4 * t;
+      const float element[4] = {c[n][2 * i], c[n + 1][2 * i], c[n][2 * i + 1], c[n + 1][2 * i + 1]};
+      if (d >= elements) continue;
+      if (aligned) {
+        store_global16(row + d, element);
       } else {
-        *reinterpret_cast<float4*>(tile + Tile::at(row + g + 8 * i, 2 * n + t)) = {
-            x, c[n + 1][2 * i], y, c[n + 1][2 * i + 1]};
+        for (int j = 0; j < 4 && d + j < elements; ++j) row[d + j] = element[j];
       }
     }
   }

@@ -77,27 +77,36 @@ struct Copier {
     }
   }
 
-  /// The same, element by element and done when it returns, for rows that lie anywhere.
+  /// The same, read element by element and done when it returns, for rows that lie anywhere.
   template <typename T, int ROWS>
   static DEVICE void copy(char* tile, const char* from, int64_t stride, int elements, int inside) {
-    for (int i = row(); i < ROWS; i += LOADED, from += LOADED * stride) {
-      for (int c = chunk(); c < Tile::ROW_CHUNKS; c += ACROSS) {
-        const auto* x = reinterpret_cast<const T*>(from + (c - chunk()) * 16);
-        auto* const to = reinterpret_cast<T*>(tile + Tile::at(i, c));
-        for (int j = 0; j < Tile::PER_CHUNK && c * Tile::PER_CHUNK + j < elements; ++j)
-          to[j] = i < inside ? x[j] : T(0.0f);
-      }
-    }
+    each<ROWS>([&](int r, int c) {
+      union {
+        T element[Tile::PER_CHUNK];
+        uint4 whole;
+      };
+      const auto* x = reinterpret_cast<const T*>(from + (r - row()) * stride + (c - chunk()) * 16);
+      for (int j = 0; j < Tile::PER_CHUNK; ++j)
+        element[j] = r < inside && c * Tile::PER_CHUNK + j < elements ? x[j] : T(0.0f);
+      *reinterpret_cast<uint4*>(tile + Tile::at(r, c)) = whole;
+    });
   }
 
-  /// Zeros in the columns from `elements` on, which neither of the two writes.
-  template <typename T, int ROWS>
+  /// Zeros in the chunks beyond `elements`, which start() leaves alone.
+  template <int ROWS>
   static DEVICE void clear_padding(char* tile, int elements) {
-    const int padding = Tile::ROW_CHUNKS * Tile::PER_CHUNK - elements;
-    for (int i = threadIdx.x; i < ROWS * padding; i += THREADS) {
-      const int r = i / padding, d = elements + i % padding;
-      auto* const to = tile + Tile::at(r, d / Tile::PER_CHUNK) + d % Tile::PER_CHUNK * sizeof(T);
-      *reinterpret_cast<T*>(to) = T(0.0f);
+    each<ROWS>([&](int r, int c) {
+      if (c * Tile::PER_CHUNK >= elements)
+        *reinterpret_cast<uint4*>(tile + Tile::at(r, c)) = {0, 0, 0, 0};
+    });
+  }
+
+ private:
+  /// f(row, chunk) of this thread's.
+  template <int ROWS, class F>
+  static DEVICE void each(F f) {
+    for (int r = row(); r < ROWS; r += LOADED) {
+      for (int c = chunk(); c < Tile::ROW_CHUNKS; c += ACROSS) f(r, c);
     }
   }
 };
@@ -127,19 +136,19 @@ DEVICE void write_rows(const char* tile, int row0, int rows, T* to, int64_t stri
                        int inside, bool aligned) {
   const int lane = threadIdx.x % 32;
   if (aligned) {
-    const int chunks = elements / Tile::PER_CHUNK;
-    for (int i = lane; i < rows * Tile::ROW_CHUNKS; i += 32) {
-      const int r = i / Tile::ROW_CHUNKS, c = i % Tile::ROW_CHUNKS;
-      if (r >= inside || c >= chunks) continue;
-      *reinterpret_cast<uint4*>(to + r * stride + c * Tile::PER_CHUNK) =
-          *reinterpret_cast<const uint4*>(tile + Tile::at(row0 + r, c));
+    for (int c = lane % Tile::CHUNKS; c * Tile::PER_CHUNK < elements; c += Tile::CHUNKS) {
+      for (int r = lane / Tile::CHUNKS; r < min(rows, inside); r += 32 / Tile::CHUNKS) {
+        *reinterpret_cast<uint4*>(to + r * stride + c * Tile::PER_CHUNK) =
+            *reinterpret_cast<const uint4*>(tile + Tile::at(row0 + r, c));
+      }
     }
     return;
   }
-  for (int i = lane; i < inside * elements; i += 32) {
-    const int r = i / elements, d = i % elements;
-    to[r * stride + d] = *reinterpret_cast<const T*>(
-        tile + Tile::at(row0 + r, d / Tile::PER_CHUNK) + d % Tile::PER_CHUNK * sizeof(T));
+  for (int r = 0; r < min(rows, inside); ++r) {
+    for (int d = lane; d < elements; d += 32) {
+      const char* const chunk = tile + Tile::at(row0 + r, d / Tile::PER_CHUNK);
+      to[r * stride + d] = reinterpret_cast<const T*>(chunk)[d % Tile::PER_CHUNK];
+    }
   }
 }
 

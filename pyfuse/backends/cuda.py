@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cuda_attention
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pyfuse.backends import cuda_attention, cuda_device, gpu_order
 from pyfuse.backends.cuda_device import why_unavailable
 from pyfuse.dispatch import Impl
 
 __all__ = ["OPS", "why_unavailable"]
 
+
+
+def _yields(operation: str) -> Callable[..., str | None]:
+    def yields(gradient: bool, q: Tensor, *_: Tensor, **options: Any) -> str | None:
+        return gpu_order.triton_first(operation, cuda_device.of(q).arch, q, gradient, options)
+
+    return yields
+
+
 OPS: dict[str, Impl] = {
-    "attention": Impl(cuda_attention.attention, cuda_attention.why_not_attention),
+    "attention": Impl(
+        cuda_attention.attention,
+        cuda_attention.why_not_attention,
+        yields=_yields("attention"),
+    ),
     "varlen_attention": Impl(
-        cuda_attention.varlen_attention, cuda_attention.why_not_varlen_attention
+        cuda_attention.varlen_attention,
+        cuda_attention.why_not_varlen_attention,
+        yields=_yields("varlen_attention"),
     ),
 }

@@ -67,6 +67,21 @@ def natural_loops(code: Sequence[Instruction]) -> list[frozenset[int]]:
     return sorted(map(frozenset, spans), key=len)
 
 
+def skippable(code: Sequence[Instruction], loop: frozenset[int]) -> list[range]:
+    """The basic blocks of a loop that a round of it may pass by."""
+    starts, follows = _blocks(code)
+    dominators = _dominators(follows)
+    ends = [*starts[1:], len(code)]
+    inside = [b for b, start in enumerate(starts) if start in loop]
+    backward = [b for b in inside for head in follows[b] if dominators[b] >> head & 1]
+    latches = [b for b in backward if set(follows[b]) & set(inside)]
+    return [
+        range(starts[b], ends[b])
+        for b in inside
+        if not all(dominators[latch] >> b & 1 for latch in latches)
+    ]
+
+
 def _blocks(code: Sequence[Instruction]) -> tuple[list[int], list[list[int]]]:
     """Where each basic block starts, and the blocks that may follow it."""
     breaks = {0, *(t for one in code for t in one.targets)}

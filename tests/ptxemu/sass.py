@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptxemu.flow import Instruction, Label, Line, link, natural_loops
+from ptxemu.flow import Instruction, Label, Line, link, natural_loops, skippable
 
 # Instructions by what they do. wgmma's HGMMA and its like work for four warps, mma.sync's HMMA for one.
 MMA = ("HMMA", "IMMA", "QMMA", "OMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "v_mfma")
@@ -89,12 +89,32 @@ class Code:
 
         Loops that only wait (no tensor-core instruction) may lie inside of one that works. Empty if nothing loops.
         """
+        return self._mix(self._main_loop)
+
+    @property
+    def usual_loop(self) -> Mix:
+        """The main loop without blocks that it may pass by and that only compute (no memory, no tensor cores), such as
+        the correction of an online softmax: what is issued in the rounds that pass them by."""
+        rare = set()
+        for block in skippable(self.instructions, self._main_loop):
+            opcodes = {self.instructions[i].opcode.partition(".")[0] for i in block}
+            if not opcodes & {*MMA, "LDGSTS", "LDSM", "LDG", "LDS", "STG", "STS"}:
+                rare.update(block)
+        return self._mix(self._main_loop - rare)
+
+    def _mix(self, places: Iterable[int]) -> Mix:
+        return Mix(Counter(self.instructions[i].opcode for i in places))
+
+    @property
+    def _main_loop(self) -> frozenset[int]:
         loops = natural_loops(self.instructions)
-        mixes = {loop: Mix(Counter(self.instructions[i].opcode for i in loop)) for loop in loops}
+        mixes = {loop: self._mix(loop) for loop in loops}
         working = [loop for loop in loops if mixes[loop].mma] or loops
-        inner = [mixes[a] for a in working if not any(b < a for b in working)]
+        inner = [a for a in working if not any(b < a for b in working)]
         longer = 1 if working is loops else -1
-        return max(inner, key=lambda m: (m.mma, longer * m.issue), default=Mix(Counter()))
+        return max(
+            inner, key=lambda a: (mixes[a].mma, longer * mixes[a].issue), default=frozenset()
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Which GPU backend goes first where both can run: the CUDA kernels do, but for what this table names.
+
+Reasons are properties of the compiled code (tensor cores used, instructions), not times: no GPU was at hand to
+measure them on. `use_backend("triton")` or ``backend=`` overrules the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+OPTIONS = ("mask", "softcap", "alibi_slopes", "dropout_seed")
+
+
+class Rule(NamedTuple):
+    """Triton first for these operations where `when(arch, q, gradient, options)`."""
+
+    operations: tuple[str, ...]
+    when: Callable[[int, Tensor, bool, dict[str, Any]], bool]
+    reason: str
+
+
+ATTENTION = ("attention", "varlen_attention")
+RULES = (
+    Rule(
+        ATTENTION,
+        lambda arch, q, gradient, options: arch in (100, 103) and q.dtype != torch.float32,
+        "on this GPU Triton multiplies by tcgen05, these kernels by mma.sync at a part of that rate",
+    ),
+    Rule(
+        ATTENTION,
+        lambda arch, q, gradient, options: arch == 90 and q.dtype != torch.float32,
+        "on this GPU Triton multiplies by wgmma, these kernels by mma.sync at about half that rate",
+    ),
+    Rule(
+        ATTENTION,
+        lambda arch, q, gradient, options: any(options.get(name) is not None for name in OPTIONS),
+        "Triton compiles the loop for just these options, these kernels look at each when they run",
+    ),
+)
+
+
+def triton_first(
+    operation: str, arch: int, q: Tensor, gradient: bool, options: dict[str, Any]
+) -> str | None:
+    """Why Triton's kernels should be asked first; None if there is no reason."""
+    for rule in RULES:
+        if operation in rule.operations and rule.when(arch, q, gradient, options):
+            return rule.reason
+    return None

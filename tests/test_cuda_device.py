@@ -1,0 +1,95 @@
+"""The backend of the CUDA kernels: when it runs, what it says when it cannot, and who goes first."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from emulated import standing_in
+
+import pyfuse
+from pyfuse import dispatch
+from pyfuse.backends import cuda_device
+
+pytestmark = pytest.mark.skipif(cuda_device._cuda is None, reason=cuda_device.NOT_BUILT)
+
+
+def tensor(dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(1, 2, 5, 64, dtype=dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_imports_and_says_why_it_cannot_run() -> None:
+    assert cuda_device.module().why_no_gpu()
+    x = tensor()
+    with pytest.raises(NotImplementedError, match="cuda: torch sees no GPU"):
+        pyfuse.attention(x, x, x, backend="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_launch_that_fails_names_the_kernel_and_its_sizes() -> None:
+    x = tensor()
+    arguments: list[Any] = []
+
+    class Catcher:
+        arch, multiprocessors = 80, 108
+
+        def call(self, name: str, call: tuple[Any, ...], tensors: Any) -> None:
+            arguments[:] = [name, call]
+
+    with cuda_device.stand_in(Catcher()):
+        dispatch._unavailable.cache_clear()
+        dispatch._offer.cache_clear()
+        pyfuse.attention(x, x, x, backend="cuda")
+    dispatch._unavailable.cache_clear()
+    dispatch._offer.cache_clear()
+    name, call = arguments
+    with pytest.raises(RuntimeError, match=r"attention_fwd_bf16_d64/forward \(grid 1 x 2 x 1, 128"):
+        getattr(cuda_device.module(), name)((80, 108, 0), call)
+
+
+def test_units_are_named_by_their_sources() -> None:
+    units = cuda_device.module().units()
+    assert units["attention_fwd_bf16_d64"][0] == "csrc/cuda/attention_fwd.cu"
+    assert all(source.startswith("csrc/cuda/") for source, _, _ in units.values())
+
+
+def test_null_pointers_are_refused() -> None:
+    with pytest.raises(ValueError, match="q: null data pointer"):
+        cuda_device.module().attention_forward((80, 108, 0), (0, (1, 1, 1, 1, 1, 8, 8), 0))
+
+
+CHOICES: list[tuple[int, torch.dtype, dict[str, Any], str]] = [
+    (80, torch.bfloat16, {}, "cuda"),
+    (80, torch.float32, {"causal": True, "window": 3}, "cuda"),
+    (80, torch.bfloat16, {"softcap": 30.0}, "triton"),
+    (80, torch.bfloat16, {"dropout_p": 0.5}, "triton"),
+    (100, torch.bfloat16, {}, "triton"),
+    (100, torch.float32, {}, "cuda"),
+    (120, torch.float16, {}, "cuda"),
+]
+
+
+@pytest.mark.parametrize("arch, dtype, options, first", CHOICES)
+def test_the_order_of_the_gpu_backends_is_data(
+    arch: int, dtype: torch.dtype, options: dict[str, Any], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    pytest.importorskip("triton", reason="Triton is not installed")
+    gpus = {name: dispatch.BACKENDS[name] for name in ("cuda", "triton", "eager")}
+    monkeypatch.setattr(dispatch, "BACKENDS", gpus)
+    x = tensor(dtype)
+    with ExitStack() as both:
+        for name in ("cuda", "triton"):
+            both.enter_context(standing_in(arch, backend=name))
+        explained = pyfuse.explain("attention", x, x, x, **options)
+        assert explained.chosen == first
+        named = pyfuse.explain("attention", x, x, x, **options, backend="cuda")
+        assert named.chosen == "cuda"
+    if first == "triton":
+        assert "the next goes first: " in str(explained)
+        with standing_in(arch, backend="cuda"):  # without Triton, these run rather than eager
+            alone = pyfuse.explain("attention", x, x, x, **options)
+        assert alone.chosen == "cuda"
+        assert [c.backend for c in alone.candidates] == ["cuda", "triton", "cuda"]
