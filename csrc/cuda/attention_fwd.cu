@@ -152,15 +152,16 @@ struct Forward {
     __syncthreads();  // the keys are there for all, and nobody reads values any more
     load<EDGE>(VALUES, v_tile, v_row, p.dv, n);
     float s[MT][PARTS][4] = {};
-    uint32_t row_lane = this->row_lane;
+    uint32_t row_lane = this->row_lane, own_lane = this->own_lane;
     forget(row_lane);
+    forget(own_lane);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       if constexpr (KEEP_QUERIES) {
         multiply_rows<T, Keys>(s, kept_queries[i], row_lane, KEYS, i);
       } else {
         Operand<T> q[MT];
-        read_queries(q, i);
+        read_queries(q, own_lane, i);
         multiply_rows<T, Keys>(s, q, row_lane, KEYS, i);
       }
     }
@@ -192,7 +193,7 @@ struct Forward {
     }
   }
 
-  DEVICE void read_queries(Operand<T> (&q)[MT], int step) const {
+  static DEVICE void read_queries(Operand<T> (&q)[MT], uint32_t own_lane, int step) {
 #pragma unroll
     for (int i = 0; i < MT; ++i)
       q[i] = left_operand<T, Queries>(own_lane, i * 16 * Queries::ROW, step);
@@ -209,7 +210,7 @@ struct Forward {
       cp_async_wait<0>();
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) read_queries(kept_queries[i], i);
+      for (int i = 0; i < STEPS; ++i) read_queries(kept_queries[i], own_lane, i);
     }
     int left = tiles.tiles - tiles.edges;
     for (int i = 0; i < tiles.edges; ++i) {
@@ -283,7 +284,7 @@ constexpr int BLOCK_N = sizeof(ELEMENT) == 2 ? 64
 
 /// Aligned rows and nothing between product and softmax but a positive scale. Grid: blocks of
 /// queries, heads.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, sizeof(ELEMENT) == 4 ? 2 : 1)
     forward(const __grid_constant__ AttentionForward p) {
   run<Forward<ELEMENT, HEAD_SIZE, MT, BLOCK_N, Plain>>(p);
 }

@@ -72,10 +72,6 @@ DEVICE void store_global16(void* to, const float (&x)[4]) {
                : "memory");
 }
 
-DEVICE void store_shared4(uint32_t address, uint32_t x) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-
 /// Four matrices of 8 rows x 16 bytes. Lane 8i + r brings the address of row r of matrix i; then
 /// lane 4r + c holds word c of row r of each (as 16-bit elements: columns 2c and 2c + 1).
 /// (PTX ISA: Warp-level matrix load instruction, ldmatrix)
