@@ -3,16 +3,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
+CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse kernels tests benchmarks setup.py
 
 .PHONY: help demo models test test-gpu test-triton-newest test-cpp test-san test-arm lint format bars bench bench-gpu clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
+# Where nvcc is found, pyfuse._cuda is built: here for this machine's GPU, without one for a single architecture, since
+# tests compile what they emulate by themselves. An install outside of this Makefile builds for all that it knows.
+export TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd' '),8.0)
+
 # Installed again whenever something that is compiled or declared has changed; CMake then builds
 # only what is out of date. Python sources are used in place.
-$(BIN)/pyfuse: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.h)
+$(BIN)/pyfuse: pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard cmake/* csrc/*.cpp csrc/*/* csrc/*/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(BIN)/pyfuse

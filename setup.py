@@ -1,4 +1,5 @@
-"""Builds pyfuse._C, and pyfuse._cuda where nvcc is found, with CMake. Everything else about the package is in pyproject.toml.
+"""Builds pyfuse._C, and where nvcc is found pyfuse._cuda, with CMake. Everything else about the package is in
+pyproject.toml.
 
 The build folder is kept (build/cmake-<tag>), so that a second install compiles only what changed.
 PYFUSE_CUDA=on|off|auto says whether to build pyfuse._cuda (auto: where nvcc is found), and TORCH_CUDA_ARCH_LIST, as
@@ -7,6 +8,7 @@ Without a C++ compiler the package installs as pure Python: the eager backend th
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,13 +33,14 @@ def find_compiler() -> "str | None":
 
 
 def nvcc_archs(listed: str) -> "list[str]":
-    """torch's list of compute capabilities as nvcc names them: "8.0;9.0a+PTX" is 80, 90a."""
+    """torch's list of compute capabilities as nvcc names them: "8.0;9.0a+PTX" is 80, 90a. 9.0 is 90a as well: the same
+    GPUs, with their wgmma."""
     names = listed.replace(";", " ").split()
+    for name in names:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: {name!r}, needs numbers such as 8.0 or 9.0a")
     archs = [name.removesuffix("+PTX").replace(".", "") for name in names]
-    wrong = [name for name, arch in zip(names, archs) if not arch.rstrip("af").isdigit()]
-    if wrong:
-        raise ValueError(f"TORCH_CUDA_ARCH_LIST: {wrong[0]!r}, needs numbers such as 8.0 or 9.0a")
-    return archs
+    return ["90a" if arch == "90" else arch for arch in archs]
 
 
 def has_target(folder: Path, name: str) -> bool:

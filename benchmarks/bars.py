@@ -2,7 +2,7 @@
 
     make bars                               all of them (about 30 minutes on 2 cores)
     python -m benchmarks.bars speed text    some groups only: kernels, speed, text, never_slower, install, tests,
-                                            emulator, triton
+                                            emulator, triton, cuda, cuda_build
 
 Whatever is compared runs in turns in one process: absolute times of a shared machine mean little, these ratios repeat.
 
@@ -30,7 +30,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here needs a network
 
 import pyfuse
-from benchmarks import attention_bars, emulator_bars, layer_bars, triton_bars
+from benchmarks import attention_bars, cuda_bars, emulator_bars, layer_bars, triton_bars
 from benchmarks.bar import Bar
 from pyfuse.cli import machine, measure
 from pyfuse.cli.comparison import PROMPTS
@@ -232,6 +232,8 @@ GROUPS: dict[str, Callable[[], Iterator[Bar]]] = {
     "tests": tests,
     "emulator": emulator_bars.emulator,
     "triton": triton_bars.triton,
+    "cuda": cuda_bars.cuda,
+    "cuda_build": cuda_bars.cuda_build,
 }
 
 

@@ -1,4 +1,5 @@
-"""Triton's and CUDA's kernels on CPU tensors: an emulated GPU takes the device's place, every launch checked for faults."""
+"""GPU kernels, Triton's and CUDA's, on CPU tensors: an emulated GPU takes the place of the device, every launch
+checked for faults."""
 
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from pyfuse import dispatch
 from pyfuse.backends import cuda_device, triton_device
-
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,15 +26,6 @@ def test_the_forward_stays_in_registers(arch: str, dtype: str, d: int) -> None:
         assert code.in_registers, f"{name}: {code.stack} bytes of stack, {code.spills} spills"
 
 
-# Figures of the interior loop on sm_80: (instructions, ldmatrix) for each tensor-core instruction.
-@pytest.mark.parametrize("d, issue, ldsm", [(64, 4.2, 0.26), (128, 3.0, 0.32)])
-def test_the_forward_s_interior_loop(d: int, issue: float, ldsm: float) -> None:
-    loop = kernels_of(f"attention_fwd_bf16_d{d}", "80")["forward"].usual_loop
-    assert loop.mma == 2 * d  # all of both products, of 32 rows and 64 keys
-    assert loop.per_mma() <= issue and loop.per_mma("LDSM") <= ldsm
-    assert loop.count("FSEL") == 0 and loop.count("IMNMX") == 0  # no masks
-
-
 @pytest.mark.parametrize("d", [32, 40, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_shared_memory_is_read_without_conflicts(dtype: torch.dtype, d: int) -> None:

@@ -39,7 +39,9 @@ def test_every_listed_backend_keeps_the_contract() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="backend: got 'gpu', needs one of cpu, cuda, triton, eager"):
+    with pytest.raises(
+        ValueError, match="backend: got 'gpu', needs one of cpu, cuda, triton, eager"
+    ):
         pyfuse.attention(Q, Q, Q, backend="gpu")
     with pytest.raises(ValueError, match="use_backend: got 'gpu'"), pyfuse.use_backend("gpu"):
         pass

@@ -14,7 +14,6 @@ from pyfuse.dispatch import Impl
 __all__ = ["OPS", "why_unavailable"]
 
 
-
 def _yields(operation: str) -> Callable[..., str | None]:
     def yields(gradient: bool, q: Tensor, *_: Tensor, **options: Any) -> str | None:
         return gpu_order.triton_first(operation, cuda_device.of(q).arch, q, gradient, options)

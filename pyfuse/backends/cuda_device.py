@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 NOT_BUILT = (
-    "pyfuse._cuda is not built (nvcc was not found when pyfuse was installed): install the CUDA toolkit, 12.8 or later, "
-    "and install pyfuse again; PYFUSE_CUDA=on then says what is missing"
+    "pyfuse._cuda is not built (nvcc was not found when pyfuse was installed): install the CUDA toolkit, 12.8 or "
+    "later, and install pyfuse again; PYFUSE_CUDA=on then says what is missing"
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The numbers of pyfuse::DType (csrc/include/pyfuse/params.h).
@@ -30,7 +30,9 @@ try:
 
     _cuda = _compiled
 except ImportError as error:  # absent is an answer; anything else that went wrong is not
-    if not (error.name in ("pyfuse", "pyfuse._cuda") and "cannot import name '_cuda'" in str(error)):
+    if not (
+        error.name in ("pyfuse", "pyfuse._cuda") and "cannot import name '_cuda'" in str(error)
+    ):
         raise
 
 
@@ -53,9 +55,7 @@ class Gpu:
         self.arch: int = 10 * properties.major + properties.minor
         self.multiprocessors: int = properties.multi_processor_count
 
-    def call(
-        self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]
-    ) -> None:
+    def call(self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> None:
         """On torch's current stream of this GPU."""
         stream = torch._C._cuda_getCurrentRawStream(self.index)
         on = (self.arch, self.multiprocessors, stream)

@@ -17,14 +17,16 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a kernel's machine code may cost. Keys of `body` and `loop` (the main loop) are opcodes, "issue" for all of
-    them, or these for each tensor-core instruction ("LDSM/mma"); values are the least and the most."""
+    """What a kernel's machine code may cost. Keys of `body`, `loop` (the main loop) and `usual` (without what it mostly
+    passes by) are opcodes, "issue" for all of them, or these for each tensor-core instruction ("LDSM/mma"); values are
+    the least and the most."""
 
     registers: int
     stack: int = 0
     spills: int = 0  # loads and stores; for AMD, registers
     body: Mapping[str, Range] = field(default_factory=dict)
     loop: Mapping[str, Range] = field(default_factory=dict)
+    usual: Mapping[str, Range] = field(default_factory=dict)
 
     def faults(self, code: Code) -> list[str]:
         """Everything in which `code` is outside of this budget."""
@@ -35,7 +37,10 @@ class Budget:
             ("stack", code.stack, (0, self.stack)),
             ("spills", spills, (0, self.spills)),
         ]
-        for part, mix, ranges in (("", code.body, self.body), ("loop ", code.main_loop, self.loop)):
+        parts = [("", code.body, self.body), ("loop ", code.main_loop, self.loop)]
+        if self.usual:
+            parts.append(("usual loop ", code.usual_loop, self.usual))
+        for part, mix, ranges in parts:
             sizes += [(part + key, _measure(mix, key), span) for key, span in ranges.items()]
         return [
             f"{code.name}: {name} {value:g}, budget {least:g} to {most:g}"
@@ -52,9 +57,9 @@ def _measure(mix: Mix, key: str) -> float:
     return mix.count(*names) if names else mix.issue
 
 
-def load_budgets() -> dict[tuple[str, str], Budget]:
-    """The table, by kernel and architecture."""
-    table: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())
+def load_budgets(path: Path = TABLE) -> dict[tuple[str, str], Budget]:
+    """A table, by kernel and architecture."""
+    table: dict[str, dict[str, Any]] = json.loads(path.read_text())
     return {
         (kernel, arch): Budget(**limits)
         for kernel, archs in table.items()

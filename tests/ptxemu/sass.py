@@ -95,7 +95,7 @@ class Code:
     def usual_loop(self) -> Mix:
         """The main loop without blocks that it may pass by and that only compute (no memory, no tensor cores), such as
         the correction of an online softmax: what is issued in the rounds that pass them by."""
-        rare = set()
+        rare: set[int] = set()
         for block in skippable(self.instructions, self._main_loop):
             opcodes = {self.instructions[i].opcode.partition(".")[0] for i in block}
             if not opcodes & {*MMA, "LDGSTS", "LDSM", "LDG", "LDS", "STG", "STS"}:
