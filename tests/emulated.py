@@ -16,7 +16,7 @@ from torch import Tensor
 from pyfuse import dispatch
 from pyfuse.backends import cuda_device, triton_device
 
-ROOT = Path(__file__).resolve().parent.parent
+SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 
 
 class GpuOfCpuTensors:
@@ -55,8 +55,10 @@ class CudaOfCpuTensors:
 
     multiprocessors = 108
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, sources: Path = SOURCES, check: bool = True) -> None:
+        """sources: the folder of the kernels; check: a launch with findings raises."""
         self.arch, self.gpu = gpu.arch, gpu
+        self.sources, self.check = sources, check
         self.reports: list[Report] = []
         self.orders = count()
 
@@ -68,8 +70,8 @@ class CudaOfCpuTensors:
         ) -> None:  # fmt: skip
             source, options, _ = module.units()[unit]
             report = nvcc_run.launch(
-                ROOT / source, entry, grid, threads, Packed(params, tensors), gpu=self.gpu, shared=shared,
-                seed=next(self.orders), cluster=cluster, flags=options.split(),
+                self.sources / Path(source).name, entry, grid, threads, Packed(params, tensors), gpu=self.gpu,
+                shared=shared, seed=next(self.orders), cluster=cluster, flags=options.split(), check=self.check,
             )  # fmt: skip
             self.reports.append(report)
 
@@ -94,9 +96,16 @@ def standing_in(
     else:
         gpu = GpuOfCpuTensors(runs)
         stand_in = triton_device.stand_in(gpu)
+    with available(stand_in):
+        yield gpu
+
+
+@contextmanager
+def available(stand_in: AbstractContextManager[None]) -> Iterator[None]:
+    """Within a stand-in: its backend runs now, and what was known of it before is forgotten."""
     with stand_in:
         _forget_who_is_available()
-        yield gpu
+        yield
     _forget_who_is_available()
 
 
