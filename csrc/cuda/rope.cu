@@ -225,7 +225,7 @@ struct TurnElements {
   DEVICE void turn(Heads<T> at, int pair, float c, float s) const {
     const int first = p.interleaved ? 2 * pair : pair, second = p.interleaved ? 1 : p.r / 2;
     at.x += first, at.y += first;
-#pragma unroll 4
+#pragma unroll 2
     for (int h = at.begin + lane.head; h < at.end; h += p.heads_at) {
       const float x1 = to_float(at.x[0]), x2 = to_float(at.x[second]);
       round_to(at.y[0], fmaf(x1, c, -__fmul_rn(x2, s)));
