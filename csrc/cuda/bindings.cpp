@@ -12,6 +12,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "pyfuse's CUDA kernels: pointers, sizes and strides in; nothing of torch is linked.";
   pyfuse::cuda::register_launch(m);
   pyfuse::cuda::register_attention(m);
-  // pyfuse::cuda::register_embed(m);
+  pyfuse::cuda::register_embed(m);
   pyfuse::cuda::register_rope(m);
 }

@@ -88,7 +88,9 @@ struct Turn {
   static constexpr int P = INTERLEAVED ? V / 2 : V;  // pairs that a chunk takes part in
   static constexpr int AHEAD = 4 / K;                // heads that a lane has under way
   using Chunk = Vector<T, V>;
-  using Angles = Planes<P, 32 * K * V / 2>;
+  using Angles = Planes<P>;
+  static constexpr int MOST = 32 * K * V / 2;  // pairs of a warp's tokens
+  static constexpr int SIZE = Angles::size(MOST);
 
   const RopeCall& p;
   const Lane lane;
@@ -97,8 +99,7 @@ struct Turn {
   int source[K], source_k[K];  // the lane, and which of its chunks, that has the other half
 
   DEVICE Turn(const RopeCall& p, float* shared) : p(p), lane(p) {
-    float* const cos = shared + threadIdx.x / 32 * 2 * Angles::SIZE;
-    float* const sin = cos + Angles::SIZE;
+    const Angles cos(shared + threadIdx.x / 32 * 2 * SIZE, MOST), sin(cos.data + SIZE, MOST);
     stage(cos, sin);
     const int pairs = p.r / 2, half = pairs / V, at = lane.slot / p.heads_at * pairs;
 #pragma unroll
@@ -111,22 +112,22 @@ struct Turn {
       source[k] = lane.index - lane.chunk + other % 32, source_k[k] = other / 32;
       if (!turned[k]) continue;
       const int i = at + (upper ? chunk - half : chunk) * P;
-      Angles::read(c[k], cos, i);
-      Angles::read(s[k], sin, i);
+      cos.read(c[k], i);
+      sin.read(s[k], i);
 #pragma unroll
       for (int j = 0; j < P; ++j) s[k][j] = !INTERLEAVED && !upper ? -s[k][j] : s[k][j];
     }
   }
 
   /// All angles of the warp's tokens, as float32, into shared memory.
-  DEVICE void stage(float* cos, float* sin) const {
+  DEVICE void stage(const Angles& cos, const Angles& sin) const {
     const int pairs = p.r / 2;
     for (int i = 0; i < p.tokens_at; ++i) {
       const int64_t at = angles_of(p, lane.first_token + i);
       for (int j = lane.index; j < pairs; j += 32) {
-        const int to = Angles::place(i * pairs + j);
-        cos[to] = at < 0 ? no_angle() : angle<T>(p.cos, p.table_f32, at + j);
-        sin[to] = at < 0 ? no_angle() : p.sign * angle<T>(p.sin, p.table_f32, at + j);
+        const int to = i * pairs + j;
+        cos.at(to) = at < 0 ? no_angle() : angle<T>(p.cos, p.table_f32, at + j);
+        sin.at(to) = at < 0 ? no_angle() : p.sign * angle<T>(p.sin, p.table_f32, at + j);
       }
     }
     __syncwarp();
@@ -245,7 +246,7 @@ struct TurnElements {
 template <int V, bool INTERLEAVED, int K>
 DEVICE void turn_rows(const RopeCall& p) {
   using Kernel = Turn<ELEMENT, V, INTERLEAVED, K>;
-  __shared__ __align__(16) float shared[WARPS * 2 * Kernel::Angles::SIZE];
+  __shared__ __align__(16) float shared[WARPS * 2 * Kernel::SIZE];
   Kernel(p, shared).run();
 }
 
@@ -277,12 +278,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 /// 64 chunks of two elements at most: 20 of 80 columns are turned, say.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
     half_pairs(const __grid_constant__ RopeCall p) {
   turn_rows<2, false, 2>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 8)
     interleaved_pairs(const __grid_constant__ RopeCall p) {
   turn_rows<2, true, 2>(p);
 }

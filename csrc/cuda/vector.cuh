@@ -68,27 +68,34 @@ DEVICE int64_t integer_at(const Integers& x, int64_t i) {
   return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
 }
 
-/// At most COUNT floats in shared memory, of which lanes read P neighbours each, in accesses of 16
-/// bytes at most. With two of them for a lane the first ones and the second ones lie apart: then
-/// neither the lanes that read, one after another, nor those that write a float each meet in a
-/// bank.
-template <int P, int COUNT>
+/// Floats in shared memory, of which lanes read P neighbours each, in accesses of 16 bytes at most.
+/// With two of them for a lane the first ones and the second ones lie apart: then neither the lanes
+/// that read, one after another, nor those that write a float each meet in a bank.
+template <int P>
 struct Planes {
   static constexpr int PARTS = P > 4 ? P / 4 : 1, EACH = P / PARTS;
-  static constexpr int PLANE = PARTS > 1 ? (COUNT / PARTS + 31) / 32 * 32 + 16 : COUNT;
-  static constexpr int SIZE = PARTS * PLANE;
   static_assert(P <= 8);
 
-  static DEVICE int place(int i) {
-    return PARTS == 1 ? i : i % P / EACH * PLANE + i / P * EACH + i % EACH;
+  float* data;
+  int plane;  // floats of a part
+
+  DEVICE Planes(float* data, int count) : data(data), plane(size(count) / PARTS) {}
+
+  /// How many floats `count` of them take.
+  static __host__ __device__ constexpr int size(int count) {
+    return PARTS == 1 ? (count + 3) / 4 * 4 : PARTS * ((count / PARTS + 31) / 32 * 32 + 16);
+  }
+
+  DEVICE float& at(int i) const {
+    return data[PARTS == 1 ? i : i % P / EACH * plane + i / P * EACH + i % EACH];
   }
 
   /// The P floats from i on, a multiple of P.
-  static DEVICE void read(float (&to)[P], const float* from, int i) {
+  DEVICE void read(float (&to)[P], int i) const {
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
       Vector<float, EACH> v;
-      v.load(from + part * PLANE + i / PARTS);
+      v.load(data + part * plane + i / PARTS);
       float x[EACH];
       v.unpack(x);
 #pragma unroll

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cuda_attention, cuda_rope
+from pyfuse.backends import cuda_attention, cuda_embed, cuda_rope
 from pyfuse.backends.cuda_device import why_unavailable
 from pyfuse.dispatch import Impl
 
@@ -13,5 +13,6 @@ OPS: dict[str, Impl] = {
     "varlen_attention": Impl(
         cuda_attention.varlen_attention, cuda_attention.why_not_varlen_attention
     ),
+    "embed": Impl(cuda_embed.embed, cuda_embed.why_not_embed),
     **cuda_rope.OPS,
 }
