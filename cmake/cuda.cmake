@@ -68,6 +68,8 @@ foreach(type f32 bf16 f16)
     add_unit(attention_fwd_${type}_d${d} csrc/cuda/attention_fwd.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
   endforeach()
   add_unit(embed_${type} csrc/cuda/embed.cu OPTIONS -DELEMENT=${type})
+  add_unit(embed_bwd_${type} csrc/cuda/embed_bwd.cu OPTIONS -DELEMENT=${type})
+  add_unit(row_sums_${type} csrc/cuda/row_sums.cu OPTIONS -DELEMENT=${type})
   add_unit(rope_${type} csrc/cuda/rope.cu OPTIONS -DELEMENT=${type})
 endforeach()
 

@@ -16,34 +16,6 @@
 namespace pyfuse::cuda {
 namespace {
 
-/// The norm's parameters and the steps of angles of `count` columns from `first` on.
-template <int V>
-struct Common {
-  using Parameters = Planes<V>;
-  using Turns = typename Steps<V>::Shared;
-  const Parameters weight, bias;
-  const Turns turns;
-
-  DEVICE Common(float* shared, int norm, int count)
-      : weight(shared, count),
-        bias(shared + norm * Parameters::size(count), count),
-        turns(shared + 2 * norm * Parameters::size(count), (count + 1) / 2 * 2) {}
-
-  DEVICE void fill(const EmbedCall& p, bool norm, int first, int count) const {
-    for (int i = threadIdx.x; norm && i < count; i += blockDim.x) {
-      weight.at(i) = element_of(p.norm_weight, first + i);
-      bias.at(i) = p.norm_bias.data == nullptr ? 0.f : element_of(p.norm_bias, first + i);
-    }
-    const int pairs = p.turns == nullptr ? 0 : (count + 1) / 2;
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-      const uint64_t turn = p.turns[first / 2 + i];
-      turns.at(2 * i) = __uint_as_float(static_cast<uint32_t>(turn));
-      turns.at(2 * i + 1) = __uint_as_float(static_cast<uint32_t>(turn >> 32));
-    }
-    __syncthreads();
-  }
-};
-
 template <typename T, int V, int N, bool NORM>
 struct Gather {
   const EmbedForward& p;
@@ -57,8 +29,8 @@ struct Gather {
         threads(p.threads, shared),
         first(blockIdx.y * p.threads * V * N),
         last(min(first + p.threads * V * N, p.d)),
-        common(shared + RowThreads::SHARED, NORM, last - first) {
-    common.fill(p, NORM, first, last - first);
+        common(shared + RowThreads::SHARED, NORM ? 2 : 0, last - first) {
+    common.fill(p, NORM ? 2 : 0, first, last - first);
   }
 
   /// Of the thread's n-th part; `last` or more where it has none.
@@ -93,10 +65,7 @@ struct Gather {
     if (p.turns == nullptr) return;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      if (column(n) >= last) continue;
-      Steps<V> steps;
-      common.turns.read(steps.words, Steps<V>::first_word(column(n) - first));
-      steps.add_to(e[n], sources.place, column(n));
+      if (column(n) < last) common.steps(column(n) - first).add_to(e[n], sources.place, column(n));
     }
   }
 

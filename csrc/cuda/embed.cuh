@@ -70,8 +70,6 @@ struct Steps {
   static constexpr int WORDS = V == 1 ? 2 : V;
   using Shared = Planes<WORDS>;
 
-  DEVICE static int first_word(int column) { return V == 1 ? column / 2 * 2 : column; }
-
   float words[WORDS];
 
   DEVICE void load(const uint64_t* turns, int column) {
@@ -122,6 +120,13 @@ DEVICE void sum_rows(float (&e)[V], const Sources<T>& rows, int column) {
   }
 }
 
+template <int V>
+DEVICE void store_floats(float* to, const float (&x)[V]) {
+  Vector<float, V> v;
+  v.pack_from(x);
+  v.store(to);
+}
+
 /// Dropout of V columns of token t.
 template <int V>
 DEVICE void drop(float (&e)[V], const EmbedDropout& dropout, int t, int column) {
@@ -164,6 +169,42 @@ DEVICE void read_vector(float (&to)[V], const EmbedVector& x, int column) {
 #pragma unroll
   for (int i = 0; i < V; ++i) to[i] = element_of(x, column + i);
 }
+
+/// What all tokens share, in shared memory: of `count` columns from `first` on the norm's weight
+/// (vectors > 0) and bias (vectors > 1), and the steps of angles.
+template <int V>
+struct Common {
+  using Parameters = Planes<V>;
+  const Parameters weight, bias;
+  const typename Steps<V>::Shared turns;
+
+  DEVICE Common(float* shared, int vectors, int count)
+      : weight(shared, count),
+        bias(shared + Parameters::size(count), count),
+        turns(shared + vectors * Parameters::size(count), (count + 1) / 2 * 2) {}
+
+  DEVICE void fill(const EmbedCall& p, int vectors, int first, int count) const {
+    for (int i = threadIdx.x; vectors > 0 && i < count; i += blockDim.x) {
+      weight.at(i) = element_of(p.norm_weight, first + i);
+      if (vectors > 1)
+        bias.at(i) = p.norm_bias.data == nullptr ? 0.f : element_of(p.norm_bias, first + i);
+    }
+    const int pairs = p.turns == nullptr ? 0 : (count + 1) / 2;
+    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+      const uint64_t turn = p.turns[first / 2 + i];
+      turns.at(2 * i) = __uint_as_float(static_cast<uint32_t>(turn));
+      turns.at(2 * i + 1) = __uint_as_float(static_cast<uint32_t>(turn >> 32));
+    }
+    __syncthreads();
+  }
+
+  /// Of the columns from first + i on.
+  DEVICE Steps<V> steps(int i) const {
+    Steps<V> found;
+    turns.read(found.words, V == 1 ? i / 2 * 2 : i);
+    return found;
+  }
+};
 
 /// The threads of a block as those of rows: `size` of them to a row, next to each other.
 struct RowThreads {

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cuda_attention, cuda_embed, cuda_rope
+from pyfuse.backends import cuda_attention, cuda_embed, cuda_embed_gradient, cuda_rope
 from pyfuse.backends.cuda_device import why_unavailable
-from pyfuse.dispatch import Impl
+from pyfuse.dispatch import Gradient, Impl
 
 __all__ = ["OPS", "why_unavailable"]
 
@@ -13,6 +13,14 @@ OPS: dict[str, Impl] = {
     "varlen_attention": Impl(
         cuda_attention.varlen_attention, cuda_attention.why_not_varlen_attention
     ),
-    "embed": Impl(cuda_embed.embed, cuda_embed.why_not_embed),
+    "embed": Impl(
+        cuda_embed.embed,
+        cuda_embed.why_not_embed,
+        Gradient(
+            cuda_embed.forward,
+            cuda_embed_gradient.backward,
+            cuda_embed_gradient.why_not_backward,
+        ),
+    ),
     **cuda_rope.OPS,
 }
