@@ -164,32 +164,32 @@ constexpr int THREADS = 256, MOST_THREADS = 512;
 
 /// Grid: blocks that share the tokens; stretches of the columns. Those without `elements` need rows
 /// that start at multiples of 16 bytes and are so long.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     gather(const __grid_constant__ EmbedForward p) {
   run<Gather<ELEMENT, V, 4, false>>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     gather_elements(const __grid_constant__ EmbedForward p) {
   run<Gather<ELEMENT, 1, 8, false>>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     gather_norm(const __grid_constant__ EmbedForward p) {
   run<Gather<ELEMENT, V, 4, true>>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     gather_norm_elements(const __grid_constant__ EmbedForward p) {
   run<Gather<ELEMENT, 1, 8, true>>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     gather_norm_wide(const __grid_constant__ EmbedForward p) {
   run<GatherWide<ELEMENT, V>>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)
     gather_norm_wide_elements(const __grid_constant__ EmbedForward p) {
   run<GatherWide<ELEMENT, 1>>(p);
 }

@@ -189,12 +189,9 @@ struct Common {
       if (vectors > 1)
         bias.at(i) = p.norm_bias.data == nullptr ? 0.f : element_of(p.norm_bias, first + i);
     }
-    const int pairs = p.turns == nullptr ? 0 : (count + 1) / 2;
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
-      const uint64_t turn = p.turns[first / 2 + i];
-      turns.at(2 * i) = __uint_as_float(static_cast<uint32_t>(turn));
-      turns.at(2 * i + 1) = __uint_as_float(static_cast<uint32_t>(turn >> 32));
-    }
+    const uint32_t* const words = reinterpret_cast<const uint32_t*>(p.turns + first / 2);
+    for (int i = threadIdx.x; p.turns != nullptr && i < (count + 1) / 2 * 2; i += blockDim.x)
+      turns.at(i) = __uint_as_float(words[i]);
     __syncthreads();
   }
 

@@ -142,22 +142,22 @@ struct SumRows {
 
 /// Grid: a warp for each chunk and each stretch of 32 lanes' columns. Rows are of ELEMENT, or of
 /// float32.
-extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS, 5)
     sum_own(const __grid_constant__ RowSums p) {
   SumRows<ELEMENT, ELEMENT, 4>(p).sum();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS, 5)
     sum_own_elements(const __grid_constant__ RowSums p) {
   SumRows<ELEMENT, ELEMENT, 1>(p).sum();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS, 5)
     sum_f32(const __grid_constant__ RowSums p) {
   SumRows<float, ELEMENT, 4>(p).sum();
 }
 
-extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * SUM_WARPS, 5)
     sum_f32_elements(const __grid_constant__ RowSums p) {
   SumRows<float, ELEMENT, 1>(p).sum();
 }

@@ -42,7 +42,8 @@ struct Vector {
   Bits bits = {};
 
   DEVICE void load(const T* from) { bits = *reinterpret_cast<const Bits*>(from); }
-  DEVICE void store(T* to) const { *reinterpret_cast<Bits*>(to) = bits; }
+  /// By name, since an assignment is compiled to V stores where the elements are floats.
+  DEVICE void store(T* to) const { __stwb(reinterpret_cast<Bits*>(to), bits); }
 
   DEVICE uint32_t& word(int i) { return reinterpret_cast<uint32_t*>(&bits)[i]; }
   DEVICE uint32_t word(int i) const { return reinterpret_cast<const uint32_t*>(&bits)[i]; }
