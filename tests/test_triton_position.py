@@ -24,7 +24,13 @@ from ptxemu import Report, triton_run
 from ptxemu.gpu import Emulator
 
 import pyfuse
-from pyfuse.backends import gpu_embed, triton_device, triton_embed, triton_embed_gradient, triton_rope
+from pyfuse.backends import (
+    gpu_embed,
+    triton_device,
+    triton_embed,
+    triton_embed_gradient,
+    triton_rope,
+)
 from pyfuse.backends.triton_device import Arch
 from pyfuse.kernels import position_configs
 from pyfuse.sinusoids import sinusoids
