@@ -38,8 +38,8 @@ struct Gather {
 
   DEVICE void run() {
     const int rows = blockDim.x / threads.size;
-    for (int t0 = blockIdx.x * rows; t0 < p.tokens; t0 += gridDim.x * rows) {
-      const int t = t0 + threads.row;
+    for (int64_t t0 = blockIdx.x * rows; t0 < p.tokens; t0 += gridDim.x * rows) {
+      const int t = static_cast<int>(min(t0 + threads.row, int64_t{p.tokens}));
       look_up(t);
       if constexpr (NORM) normalise(t);
       if (t >= p.tokens) continue;
@@ -110,7 +110,7 @@ struct GatherWide {
   DEVICE GatherWide(const EmbedForward& p, float* shared) : p(p), threads(blockDim.x, shared) {}
 
   DEVICE void run() {
-    for (int t = blockIdx.x; t < p.tokens; t += gridDim.x) {
+    for (uint32_t t = blockIdx.x; t < p.tokens; t += gridDim.x) {
       const Sources<T> sources(p, t);
       float sum = 0.f, squares = 0.f, e[V];
       for (int column = threads.index * V; column < p.d; column += blockDim.x * V) {

@@ -54,8 +54,9 @@ struct ThroughNorm {
 
   DEVICE void run() {
     const int slot0 = blockIdx.x * (blockDim.x / threads.size), slot = slot0 + threads.row;
-    for (int t0 = slot0; t0 < p.tokens; t0 += p.slots) {
-      const int t = slot < p.slots ? t0 + threads.row : p.tokens;
+    for (int64_t t0 = slot0; t0 < p.tokens; t0 += p.slots) {
+      const int64_t own = slot < p.slots ? t0 + threads.row : p.tokens;
+      const int t = static_cast<int>(min(own, int64_t{p.tokens}));
       look_up(t);
       if (p.dsum != nullptr) write_dsum(t);
     }
@@ -126,7 +127,7 @@ struct ThroughWideNorm {
       : p(p), threads(blockDim.x, shared) {}
 
   DEVICE void run() {
-    for (int t = blockIdx.x; t < p.tokens; t += gridDim.x) {
+    for (uint32_t t = blockIdx.x; t < p.tokens; t += gridDim.x) {
       const Sources<T> sources(p, t);
       const float2 statistics = reinterpret_cast<const float2*>(p.statistics)[t];
       float along = 0.f, level = 0.f, g[V], n[V];
