@@ -67,6 +67,10 @@ foreach(type f32 bf16 f16)
   foreach(d 32 64 96 128 256)
     add_unit(attention_fwd_${type}_d${d} csrc/cuda/attention_fwd.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
   endforeach()
+  add_unit(embed_${type} csrc/cuda/embed.cu OPTIONS -DELEMENT=${type})
+  add_unit(embed_bwd_${type} csrc/cuda/embed_bwd.cu OPTIONS -DELEMENT=${type})
+  add_unit(row_sums_${type} csrc/cuda/row_sums.cu OPTIONS -DELEMENT=${type})
+  add_unit(rope_${type} csrc/cuda/rope.cu OPTIONS -DELEMENT=${type})
 endforeach()
 
 configure_file(csrc/cuda/units.cpp.in ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
@@ -75,6 +79,8 @@ pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the
   csrc/cuda/bindings.cpp
   csrc/cuda/launch.cpp
   csrc/api/cuda_attention.cpp
+  csrc/api/cuda_embed.cpp
+  csrc/api/cuda_rope.cpp
   ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDA_INCLUDE})

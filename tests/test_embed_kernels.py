@@ -70,7 +70,7 @@ def test_tables_without_columns_or_rows(target: Target) -> None:
     ids, embed = torch.zeros(3, dtype=torch.long), implementation(target.backend).fn
     assert embed(ids, torch.zeros(4, 0)).shape == (3, 0)
     assert embed(ids[:0], torch.zeros(0, 4)).shape == (0, 4)
-    if target.backend == "triton":
+    if target.backend != "cpu":
         assert embed(ids, torch.zeros(0, 4)).isnan().all()
     else:
         with pytest.raises(IndexError, match="weight has 0 rows"):
@@ -128,7 +128,7 @@ def test_threads_change_no_bit(case: str, dtype: torch.dtype, target: Target) ->
 def test_dropout_is_that_of_philox(p: float, dtype: torch.dtype, target: Target) -> None:
     """Elements of ones show the mask and the factor, in every bit."""
     every = [*range(1, 70), 127, 128, 129, 192, 197, 300]
-    for d in [1, 3, 64, 197] if target.backend == "triton" else every:  # each compiled apart
+    for d in [1, 3, 64, 197] if target.backend != "cpu" else every:  # each compiled apart
         weight = torch.ones(1, d, dtype=dtype)
         token_ids = torch.zeros(3, 5, dtype=torch.long)
         wide = torch.promote_types(dtype, torch.float32)
@@ -167,10 +167,8 @@ def test_what_is_dropped_does_not_matter(
 @pytest.mark.parametrize("bad", [-1, V, 2**40, -(2**40)])
 @pytest.mark.parametrize("name", ["token_ids", "positions", "segment_ids"])
 def test_id_outside_its_table(name: str, bad: int, target: Target) -> None:
-    if target.backend == "triton":
-        pytest.skip(
-            "to raise, the host would have to wait for the GPU: see test_triton_position.py"
-        )
+    if target.backend != "cpu":
+        pytest.skip("to raise, the host would have to wait for the GPU: see test_cuda_position.py")
     table = torch.randn(V, 8)
     good = torch.arange(6).view(2, 3)
     wrong = good.clone()

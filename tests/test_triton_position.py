@@ -24,7 +24,13 @@ from ptxemu import Report, triton_run
 from ptxemu.gpu import Emulator
 
 import pyfuse
-from pyfuse.backends import triton_device, triton_embed, triton_embed_gradient, triton_rope
+from pyfuse.backends import (
+    gpu_embed,
+    triton_device,
+    triton_embed,
+    triton_embed_gradient,
+    triton_rope,
+)
 from pyfuse.backends.triton_device import Arch
 from pyfuse.kernels import position_configs
 from pyfuse.sinusoids import sinusoids
@@ -344,7 +350,7 @@ def test_the_host_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for chosen in (CASES["f32_norm"], CASES["sinusoidal_at"], CASES["learned_at"]):
         given = options(16, (3, 9), dtype=torch.float32, **chosen)
-        triton_embed._turns(16, weight.device)  # a constant of the model, made at the first call
+        gpu_embed.turns(16, weight.device)  # a constant of the model, made at the first call
         calls.append(given)
     for name in (
         "item",

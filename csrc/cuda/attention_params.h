@@ -2,13 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace pyfuse::cuda {
+#include "integers.h"
 
-/// Integers on the GPU, int32 or int64 as the caller has them; null: not there.
-struct Integers {
-  const void* data;
-  bool wide;
-};
+namespace pyfuse::cuda {
 
 /// Letters as in DESIGN. Strides count elements: of batch, head and row; that of a row's elements
 /// is

@@ -7,9 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from pyfuse.backends import cuda_attention, cuda_device, gpu_order
+from pyfuse.backends import (
+    cuda_attention,
+    cuda_device,
+    cuda_embed,
+    cuda_embed_gradient,
+    cuda_rope,
+    gpu_order,
+)
 from pyfuse.backends.cuda_device import why_unavailable
-from pyfuse.dispatch import Impl
+from pyfuse.dispatch import Gradient, Impl
 
 __all__ = ["OPS", "why_unavailable"]
 
@@ -32,4 +39,14 @@ OPS: dict[str, Impl] = {
         cuda_attention.why_not_varlen_attention,
         yields=_yields("varlen_attention"),
     ),
+    "embed": Impl(
+        cuda_embed.embed,
+        cuda_embed.why_not_embed,
+        Gradient(
+            cuda_embed.forward,
+            cuda_embed_gradient.backward,
+            cuda_embed_gradient.why_not_backward,
+        ),
+    ),
+    **cuda_rope.OPS,
 }

@@ -12,7 +12,6 @@ from pyfuse.backends import (
     triton_norm_gradient,
     triton_rope,
 )
-from pyfuse.backends.rope_pair import pair_of
 from pyfuse.backends.triton_device import why_unavailable
 from pyfuse.dispatch import Gradient, Impl
 
@@ -72,15 +71,5 @@ OPS: dict[str, Impl] = {
             triton_embed_gradient.why_not_backward,
         ),
     ),
-    "rope": Impl(
-        triton_rope.rope,
-        triton_rope.why_not_rope,
-        Gradient(
-            triton_rope.forward,
-            triton_rope.backward,
-            triton_rope.why_not_backward,
-            triton_rope.restore,
-        ),
-    ),
+    **triton_rope.OPS,
 }
-OPS["rope_pair"] = pair_of(OPS["rope"], triton_rope.rope_pair, triton_rope.pair_backward)
