@@ -109,7 +109,7 @@ struct Softmax {
       for (int row = 0; row < 2; ++row) {
         const float x = top[i][row] * scale;
         const bool first = limit[i][row] == -INFINITY;
-        const bool higher = top[i][row] != -INFINITY && (first || x > pivot[i][row]);
+        const bool higher = top[i][row] > limit[i][row];  // whatever other rows do
         shrink[row] = first ? 0.0f : higher ? exp2_approx(pivot[i][row] - x) : 1.0f;
         if (higher) {
           pivot[i][row] = x;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cuda_attention
+from pyfuse.backends import cuda_attention, cuda_decode
 from pyfuse.backends.cuda_device import why_unavailable
 from pyfuse.dispatch import Impl
 
@@ -13,4 +13,5 @@ OPS: dict[str, Impl] = {
     "varlen_attention": Impl(
         cuda_attention.varlen_attention, cuda_attention.why_not_varlen_attention
     ),
+    "decode_attention": Impl(cuda_decode.decode_attention, cuda_decode.why_not_decode_attention),
 }
