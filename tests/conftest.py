@@ -75,9 +75,7 @@ def _targets(config: pytest.Config) -> list[Target]:
         from ptxemu.device import compute_capability
 
         archs = [compute_capability()]
-    return targets + [
-        Target(name, arch=a) for name in ("cuda", "triton") if _has(name) for a in archs
-    ]
+    return targets + [Target(name, arch=a) for name in ("cuda", "triton") if _has(name) for a in archs]
 
 
 def _has(backend: str) -> bool:

@@ -27,6 +27,22 @@ struct Shares {
   DEVICE int used() const { return (high - low + size - 1) / size; }
 };
 
+/// The part of a share [low, high) that a tile with the queries m0 to m1 needs; all of them see
+/// those of [inside, past).
+struct Part {
+  int low, high, inside, past;
+
+  DEVICE Part(const Band& band, const Shares& shares, int split, int m0, int m1)
+      : inside(band.first(m1)), past(band.last(m0)) {
+    const int begin = shares.low + split * shares.size;
+    low = max(begin, band.first(m0));
+    high = min(begin + shares.size, band.last(m1));
+  }
+  DEVICE bool all_see(int n, int count) const {
+    return n >= inside && n + count <= min(past, high);
+  }
+};
+
 /// 2^(m - top) for a row's maxima; 0 of what saw no key.
 DEVICE float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : exp2_approx(m - top); }
 

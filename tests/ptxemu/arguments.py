@@ -139,6 +139,7 @@ class Memory(ABC):
             raise TypeError(f"args[{index}]: {type(value).__name__} is no argument")
         return _scalar(value, kind, index)
 
+
     def _relocated(self, data: bytes) -> bytes:
         words = np.frombuffer(data.ljust(-(-len(data) // 8) * 8, b"\0"), np.uint64).copy()
         for host, storage in self.storages.items():
