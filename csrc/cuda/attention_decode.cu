@@ -39,7 +39,6 @@ struct Decode {
   char* const shared;
   const int warp, lane;
   const int hk, b, r0, rows;  // rows: of all tiles
-  const Band band;
   const Part part;
   Ring ring;
 
@@ -59,7 +58,6 @@ struct Decode {
         b(b),
         r0(r0),
         rows(p.M * p.group),
-        band(band),
         part(band, shares, blockIdx.y, r0 / p.group, (min(r0 + ROWS, rows) - 1) / p.group),
         ring(p, shared + warp * Ring::BYTES, warp, b, hk, band.N, part.low, part.high) {
 #pragma unroll
@@ -143,22 +141,9 @@ struct Decode {
     }
   }
 
-  /// Hide what rows do not see. Where values are not finite, a weight of 0 would not stop them:
-  /// they become zeros, and the scores of those who see them NaN.
+  /// Hide what rows do not see. Where values are not finite, scores of those who see them are NaN.
   DEVICE void hide(float (&s)[MT][2][4], int n) const {
-    char* const row = ring.start + ring.values();
-    const int r = lane % 16;
-    bool bad = false;
-    for (int c = lane / 16; c < Keys::ROW_CHUNKS; c += 2)
-      bad |= !all_finite(*reinterpret_cast<const uint4*>(row + Keys::at(r, c)), T());
-    uint32_t spoilt = __ballot_sync(~0u, bad);
-    spoilt = (spoilt | spoilt >> 16) & 0xffffu;
-    if (spoilt != 0) {
-      for (int c = lane / 16; c < Keys::ROW_CHUNKS; c += 2) {
-        if (spoilt >> r & 1) *reinterpret_cast<uint4*>(row + Keys::at(r, c)) = uint4{};
-      }
-      __syncwarp();
-    }
+    const uint32_t spoilt = ring.clear_spoilt_values();
     each(s, [&](float& x, int key, int i, int j) {
       if (spoilt >> key & 1) x = NAN;
       if (n + key < first[i][j] || n + key >= last[i][j]) x = -INFINITY;

@@ -50,7 +50,9 @@ struct Cache {
 /// Write what is new of one head into its cache, by all threads of a block.
 template <typename T, int THREADS>
 DEVICE void append(const AttentionDecode& p, int64_t b, int hk, int length) {
-  for (const bool keys : {true, false}) {
+#pragma unroll 1
+  for (int part = 0; part < 2; ++part) {
+    const bool keys = part == 0;
     const Cache<T> cache(p, b, hk, length, keys);
     const int elements = keys ? p.d : p.dv;
     const int pieces = p.aligned ? elements * int(sizeof(T)) / 16 : elements;

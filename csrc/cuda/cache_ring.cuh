@@ -70,6 +70,24 @@ struct CacheRing {
     cp_async_commit();
   }
 
+  /// Which of the values in use are not finite, bit i for row i: a weight of 0 would not stop them,
+  /// so they become zeros.
+  DEVICE uint32_t clear_spoilt_values() const {
+    char* const tile = start + values();
+    const int row = lane % 16;
+    bool bad = false;
+    for (int c = lane / 16; c < Keys::ROW_CHUNKS; c += 2)
+      bad |= !all_finite(*reinterpret_cast<const uint4*>(tile + Keys::at(row, c)), T());
+    uint32_t spoilt = __ballot_sync(~0u, bad);
+    spoilt = (spoilt | spoilt >> 16) & 0xffffu;
+    if (spoilt == 0) return 0;
+    for (int c = lane / 16; c < Keys::ROW_CHUNKS; c += 2) {
+      if (spoilt >> row & 1) *reinterpret_cast<uint4*>(tile + Keys::at(row, c)) = uint4{};
+    }
+    __syncwarp();
+    return spoilt;
+  }
+
  private:
   DEVICE bool there(int n) const { return n >= low && n < high; }
 

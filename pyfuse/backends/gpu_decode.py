@@ -1,4 +1,4 @@
-"""What decoding's backends for GPUs share: into how many parts the keys of a cache are split, and what neither takes."""
+"""What decoding's backends for GPUs share: into how many parts the keys of a cache are split."""
 
 from __future__ import annotations
 
