@@ -73,6 +73,18 @@ foreach(type f32 bf16 f16)
   add_unit(rope_${type} csrc/cuda/rope.cu OPTIONS -DELEMENT=${type})
 endforeach()
 
+foreach(type f32 bf16 f16)
+  foreach(d 32 64 96 128 256)
+    set(wide "")
+    if(NOT type STREQUAL f32 AND d LESS_EQUAL 128)
+      set(wide -DTILES_OF_32)
+    endif()
+    add_unit(attention_decode_${type}_d${d} csrc/cuda/attention_decode.cu
+      OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d} ${wide})
+  endforeach()
+  add_unit(attention_merge_${type} csrc/cuda/attention_merge.cu OPTIONS -DELEMENT=${type})
+endforeach()
+
 configure_file(csrc/cuda/units.cpp.in ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 set_source_files_properties(${CMAKE_CURRENT_BINARY_DIR}/units.cpp PROPERTIES OBJECT_DEPENDS "${FATBINS}")
 pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the assembler is told
@@ -81,6 +93,7 @@ pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the
   csrc/api/cuda_attention.cpp
   csrc/api/cuda_embed.cpp
   csrc/api/cuda_rope.cpp
+  csrc/api/cuda_decode.cpp
   ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDA_INCLUDE})

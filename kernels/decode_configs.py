@@ -13,12 +13,6 @@ from typing import Any
 
 from pyfuse.kernels.configs import Arch, Tiles, block, family, triton_options
 
-# A share has so many keys or more, a multiple of every BLOCK_N: what it leaves of each row is small beside them.
-# Where all shares are that short they depend on no other size: short sequences have the same bits in any batch.
-LEAST = 128
-# Programs that a multiprocessor works on at the same time.
-PROGRAMS = 2
-MULTIPROCESSORS = 132  # of a device that does not say
 # What a program of the merging kernel loads at a time: 128 bytes of each of 32 splits, 32 numbers to a thread of its
 # one warp; no sum passes through shared memory.
 COLUMNS, SPLITS = 32, 32
@@ -72,9 +66,10 @@ def plan(
     unit: int,
     fold: bool,
     precision: str,
+    least: int,
 ) -> Plan:
     """page_size: None for a cache in one piece; unit: elements that strides are counted in; fold: whether scores need
-    nothing but their scale."""
+    nothing but their scale; least: keys that a share has at least, a multiple of every BLOCK_N."""
     block_d, block_dv = block(d), block(dv)
     chosen = tiles(rows, max(block_d, block_dv), size, arch, page_size is not None, not fold)
     constants = {
@@ -83,7 +78,7 @@ def plan(
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
         "CHUNK": min(block_d, CHUNK) if size == 4 else block_d,
-        "LEAST": LEAST,
+        "LEAST": least,
         "UNIT": unit,
         "FOLD": fold,
         "WHOLE": page_size is None or page_size % chosen.block_n == 0,
@@ -95,7 +90,7 @@ def plan(
         "SPLITS": SPLITS,
         "BLOCK_M": chosen.block_m,
         "BLOCK_N": chosen.block_n,
-        "LEAST": LEAST,
+        "LEAST": least,
     }
     if chosen.warps == 4 and not isinstance(arch, str):
         # Two such programs have room for 255 registers to a thread; left to itself the assembler spills to fit in more.
@@ -103,16 +98,3 @@ def plan(
     return Plan(
         chosen.block_m, constants | chosen.options, merge | triton_options(1), -(-dv // COLUMNS)
     )
-
-
-@lru_cache(maxsize=1024)
-def splits(groups: int, keys: int, processors: int) -> int:
-    """Shares of the keys of one tile of rows.
-
-    groups: tiles of rows of all heads of all sequences; keys: the cache's room for one sequence."""
-    most = max(-(-keys // LEAST), 1)
-    room = PROGRAMS * processors
-    if groups * most <= room:
-        return most
-    filled = [groups * n / (-(-groups * n // room) * room) for n in range(1, min(most, room) + 1)]
-    return next(n for n, part in enumerate(filled, 1) if part >= 0.85 * max(filled))

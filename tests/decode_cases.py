@@ -14,9 +14,11 @@ from cases import DTYPES, covering
 from torch import Tensor
 
 import pyfuse
-from pyfuse.backends import triton_device
+from pyfuse.backends import cuda_device, triton_device
 
 NAN = float("nan")
+# Of backends that have not all dtypes: why they cannot take a tensor.
+REFUSALS = {"cuda": cuda_device.why_not, "triton": triton_device.why_not}
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Call:
         """o and lse, on a copy of the cache, which holds the appended keys afterwards.
 
         A dtype that the backend does not have skips the test."""
-        refusal = triton_device.why_not("q", self.tensors["q"]) if backend == "triton" else None
+        refusal = REFUSALS[backend]("q", self.tensors["q"]) if backend in REFUSALS else None
         if refusal is not None:
             pytest.skip(refusal)
         for name in ("k_cache", "v_cache"):

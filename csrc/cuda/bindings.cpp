@@ -6,6 +6,7 @@ void register_launch(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
 void register_embed(pybind11::module_& m);
 void register_rope(pybind11::module_& m);
+void register_decode(pybind11::module_& m);
 }  // namespace pyfuse::cuda
 
 PYBIND11_MODULE(_cuda, m) {
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_cuda, m) {
   pyfuse::cuda::register_attention(m);
   pyfuse::cuda::register_embed(m);
   pyfuse::cuda::register_rope(m);
+  pyfuse::cuda::register_decode(m);
 }

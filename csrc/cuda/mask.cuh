@@ -13,7 +13,7 @@ namespace pyfuse::cuda {
 
 constexpr float LOG2E = 1.4426950408889634f;
 
-DEVICE int64_t element(const Integers& x, int i) {
+DEVICE int64_t element(const Integers& x, int64_t i) {
   return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
 }
 

@@ -106,7 +106,8 @@ struct Softmax {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const float x = top[i][row] * scale, before = pivot[i][row];
-        if (x > before) pivot[i][row] = x;
+        // Each row by itself: its bits do not depend on its neighbours.
+        if (fmaf(top[i][row], scale, -before) > SLACK) pivot[i][row] = x;
         shrink[row] = before == -INFINITY ? 0.0f : exp2_approx(before - pivot[i][row]);
         l[i][row] *= shrink[row];
       }

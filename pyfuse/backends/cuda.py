@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyfuse.backends import (
     cuda_attention,
+    cuda_decode,
     cuda_device,
     cuda_embed,
     cuda_embed_gradient,
@@ -49,4 +50,5 @@ OPS: dict[str, Impl] = {
         ),
     ),
     **cuda_rope.OPS,
+    "decode_attention": Impl(cuda_decode.decode_attention, cuda_decode.why_not_decode_attention),
 }

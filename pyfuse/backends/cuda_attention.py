@@ -96,7 +96,8 @@ def call_arguments(
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
     scale: float,
-    return_lse: bool,
+    return_lse: bool = False,
+    keys: int | None = None,
     seqlens_k: Tensor | None = None,
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -104,7 +105,7 @@ def call_arguments(
 ) -> tuple[Arguments, tuple[Tensor | None, ...]]:
     """The call in the order in which csrc/api/cuda_arguments.h reads it, and the tensors that it tells of.
 
-    others: tensors of rows beside q, k and v that the kernels read or write.
+    others: tensors of rows beside q, k and v that the kernels read or write; keys: N, where k and v are in pages.
     """
     if cu_q is None:
         batch, heads, m, d = q.shape
@@ -113,6 +114,7 @@ def call_arguments(
         batch = cu_q.shape[0] - 1
         m, heads, d = q.shape
         n, groups, dv = v.shape
+    n = n if keys is None else keys
     left, right = limits(causal, window, m + n)
     slopes, sink = _floats(alibi_slopes), _floats(sinks)
     lengths, bounds_q, bounds_k = _dense(seqlens_k), _dense(cu_q), _dense(cu_k)

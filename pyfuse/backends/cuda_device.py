@@ -41,6 +41,9 @@ class Device(Protocol):
     def arch(self) -> int:
         """Compute capability, 90 for sm_90."""
 
+    @property
+    def multiprocessors(self) -> int: ...
+
     def call(
         self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]
     ) -> None: ...

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfuse.backends import triton_device
-from pyfuse.backends.gpu_attention import MOST_KEYS, empty_like_q, limits, score_factors, strides
+from pyfuse.backends import gpu_decode, triton_device
+from pyfuse.backends.gpu_attention import empty_like_q, limits, score_factors, strides
 from pyfuse.backends.triton_attention import precision, why_not_attention
 from pyfuse.backends.triton_device import kernels
 
@@ -25,12 +25,7 @@ def why_not_decode_attention(
     **_: Any,
 ) -> str | None:
     reason = why_not_attention(q, k_cache, v_cache)
-    if reason is not None or block_table is None:
-        return reason
-    keys = k_cache.shape[2] * block_table.shape[1]
-    if keys >= MOST_KEYS:
-        return f"pages for {keys} keys of a sequence, the kernel counts to {MOST_KEYS}"
-    return None
+    return gpu_decode.why_not_pages(k_cache, block_table) if reason is None else reason
 
 
 def decode_attention(
@@ -88,10 +83,12 @@ def decode_into(
     device, configs = triton_device.of(q), kernels("decode_configs")
     arch, size = device.arch, q.element_size()
     fold = softcap is None and alibi_slopes is None and scale > 0.0
-    plan = configs.plan(m * group, d, dv, size, arch, page_size, unit, fold, precision(q, arch))
+    plan = configs.plan(
+        m * group, d, dv, size, arch, page_size, unit, fold, precision(q, arch), gpu_decode.LEAST
+    )
     tiles = -(-m * group // plan.block_m) * batch * heads_k
-    processors = getattr(device, "multiprocessors", configs.MULTIPROCESSORS)
-    splits = configs.splits(tiles, n, processors)
+    processors = getattr(device, "multiprocessors", gpu_decode.MULTIPROCESSORS)
+    splits = gpu_decode.splits(tiles, n, processors)
     partial = None
     if splits > 1:  # of each row and split Dv sums of values, the maximum, the sum of weights
         partial = q.new_empty(batch * heads * m * splits * (dv + 2), dtype=torch.float32)

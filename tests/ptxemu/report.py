@@ -59,7 +59,8 @@ _SHARED = frozenset({"lds", "sts", "ldsm", "stsm", "ldgsts"})
 @dataclass
 class Report:
     """counters: executed warp instructions by class (mma, mufu, fp32, int, lds, ldg, …), and the sums of `accesses`:
-    shared_wavefronts, sectors and their _ideal. output: what the kernel printed. instructions: of all classes."""
+    shared_wavefronts, sectors and their _ideal; copied_sectors and their _ideal are those of cp.async. output: what the
+    kernel printed. instructions: of all classes."""
 
     findings: list[Finding]
     counters: dict[str, int]

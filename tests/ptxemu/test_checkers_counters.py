@@ -173,3 +173,23 @@ def test_instructions_are_counted_by_class() -> None:
     assert got == {"mufu": 2, "sts": 4, "lds": 4, "bar": 4, "shfl": 12, "mma": 0}
     assert report.counters["fp32"] == 4 + 2
     assert report.instructions >= sum(got.values())
+
+
+@pytest.mark.parametrize(
+    ("access", "step", "start", "actual", "ideal"),
+    [
+        ("cp.async.cg.shared.global [r0], [d0], 16", 16, 0, 16, 16),
+        ("cp.async.cg.shared.global [r0], [d0], 16", 16, 16, 17, 16),
+        ("cp.async.cg.shared.global [r0], [d0], 16", 32, 0, 32, 16),
+        ("cp.async.cg.shared.global [r0], [d0], 16, 0", 32, 0, 0, 0),  # writes zeros
+    ],
+)
+def test_copied_sectors(access: str, step: int, start: int, actual: int, ideal: int) -> None:
+    """Of copies apart from those of loads and stores."""
+    body = "mov.u32 r1, buffer;\nmad.lo.u32 r0, tid, 16, r1;\n" + GLOBAL
+    body = body.replace("ACCESS", access).replace("STEP", str(step)).replace("START", str(start))
+    memory = torch.zeros(2048)
+    memory = memory[(-memory.data_ptr() // 4) % 8 :]
+    counters = run(body + "cp.async.wait_all;", memory, shared=512).clean().report.counters
+    assert (counters["copied_sectors"], counters["copied_sectors_ideal"]) == (actual, ideal)
+    assert counters["sectors"] == 0

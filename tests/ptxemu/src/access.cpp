@@ -247,8 +247,10 @@ void count_sectors(Warp& w, const Inst& inst, Mask lanes, const Addresses& a, ui
     count = static_cast<int>(std::unique(sectors, sectors + count) - sectors);
   }
   AccessStats& stats = w.stats[inst.index];
-  stats.actual += static_cast<uint64_t>(count);
-  stats.ideal += std::min<uint64_t>(static_cast<uint64_t>(count), (span + 31) / 32);
+  const bool copy = inst.counted == Class::CpAsync;
+  (copy ? stats.copied : stats.actual) += static_cast<uint64_t>(count);
+  (copy ? stats.copied_ideal : stats.ideal) +=
+      std::min<uint64_t>(static_cast<uint64_t>(count), (span + 31) / 32);
 }
 
 // 32 banks of 4 bytes. Lanes that read the same word share a wavefront; accesses of 8 and 16 bytes

@@ -76,16 +76,20 @@ py::dict launch(LoadedModule& loaded, Memory& memory, const std::string& entry,
   for (int c = 0; c < static_cast<int>(Class::Count); ++c)
     counters[name_of(static_cast<Class>(c))] = 0;
   std::array<uint64_t, static_cast<size_t>(Class::Count)> counts{};
+  uint64_t copied = 0, copied_ideal = 0;
   for (const auto& [name, function] : loaded.module->functions)
     for (const Inst& inst : function->code) {
       const AccessStats& s = report.stats[static_cast<size_t>(inst.index)];
       counts[static_cast<size_t>(inst.counted)] += s.executed;
+      copied += s.copied, copied_ideal += s.copied_ideal;
       if (s.ideal)
         accesses.append(py::make_tuple(name_of(inst.counted), inst.line,
                                        loaded.module->ast.source_text(inst.source), s.executed,
                                        s.actual, s.ideal));
     }
   for (size_t c = 0; c < counts.size(); ++c) counters[name_of(static_cast<Class>(c))] = counts[c];
+  counters["copied_sectors"] = copied;
+  counters["copied_sectors_ideal"] = copied_ideal;
   py::dict result;
   result["findings"] = findings;
   result["counters"] = counters;

@@ -36,6 +36,7 @@ struct Finding {
 /// How well the memory accesses of one instruction fit the hardware.
 struct AccessStats {
   uint64_t executed = 0, actual = 0, ideal = 0;
+  uint64_t copied = 0, copied_ideal = 0;  // sectors of a copy, whose wavefronts are the above
 };
 
 struct Report {

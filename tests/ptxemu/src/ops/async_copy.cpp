@@ -54,6 +54,11 @@ void run_cp_async(Warp& w, const Inst& inst, Mask lanes) {
   const Mask ignored =
       detail.has_ignore ? (detail.negated ? ~w.predicate(inst.o[3]) : w.predicate(inst.o[3])) : 0;
   count_wavefronts(w, inst, lanes, to, inst.size);
+  Mask reading = 0;
+  each_lane(lanes & ~ignored, [&](int lane) {
+    if (!detail.has_size || w.row<uint32_t>(inst.o[2])[lane]) reading |= 1u << lane;
+  });
+  if (reading) count_sectors(w, inst, reading, from, inst.size);
   each_lane(lanes, [&](int lane) {
     AsyncCopy copy;
     copy.bytes = copy.zero_from = inst.size;
