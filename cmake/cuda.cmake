@@ -69,12 +69,19 @@ foreach(type f32 bf16 f16)
   endforeach()
 endforeach()
 
+foreach(neighbours 8 4 1)
+  add_unit(norm_${neighbours} csrc/cuda/norm.cu OPTIONS -DNEIGHBOURS=${neighbours})
+  add_unit(norm_bwd_${neighbours} csrc/cuda/norm_bwd.cu OPTIONS -DNEIGHBOURS=${neighbours})
+endforeach()
+add_unit(norm_sums csrc/cuda/norm_sums.cu)
+
 configure_file(csrc/cuda/units.cpp.in ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 set_source_files_properties(${CMAKE_CURRENT_BINARY_DIR}/units.cpp PROPERTIES OBJECT_DEPENDS "${FATBINS}")
 pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the assembler is told
   csrc/cuda/bindings.cpp
   csrc/cuda/launch.cpp
   csrc/api/cuda_attention.cpp
+  csrc/api/cuda_norm.cpp
   ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDA_INCLUDE})

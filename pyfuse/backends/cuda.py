@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pyfuse.backends import cuda_attention
+from pyfuse.backends import cuda_attention, cuda_norm, cuda_norm_gradient
 from pyfuse.backends.cuda_device import why_unavailable
+from pyfuse.backends.gpu_norm import Norms
 from pyfuse.dispatch import Impl
 
 __all__ = ["OPS", "why_unavailable"]
@@ -13,4 +14,5 @@ OPS: dict[str, Impl] = {
     "varlen_attention": Impl(
         cuda_attention.varlen_attention, cuda_attention.why_not_varlen_attention
     ),
+    **Norms(cuda_norm.why_not, cuda_norm.write, cuda_norm_gradient.write_gradients).ops(),
 }
