@@ -141,7 +141,7 @@ void start_columns(const Gpu& on, NormBackward p, int64_t blocks, int unit) {
   Launch launch = launch_of("norm_bwd", {}, unit);
   launch.entry = "columns";
   launch.threads = 256;
-  launch.shared = launch.threads * unit * chunks * 4;
+  launch.shared = launch.threads * unit * chunks * 8;  // two sums
   launch.grid[0] = blocks, launch.grid[1] = ceil_div(p.d, 32 * unit * chunks);
   start(on, launch, p);
 }
@@ -165,7 +165,7 @@ void norm_backward(const py::tuple& gpu, const py::tuple& call) {
   const bool rows = p.dx.data != nullptr || p.dresidual.data != nullptr;
   p.lanes = shape.lanes;
   Launch launch = launch_of("norm_bwd", shape, unit);
-  launch.shared = shape.threads * std::max(shape.elements, 1) * 4;
+  launch.shared = shape.threads * 64;  // 16 elements of the weight, or two times 8 of sums
   launch.grid[0] = shape.elements == 0 ? blocks_of(on, shape, p.rows, 512) : blocks;
   const py::gil_scoped_release release;
   if (shape.elements > 0 || rows) start(on, launch, p);

@@ -72,48 +72,61 @@ struct ParameterSums {
     for_each<UNIT, N>(bias, [&](float s, int c, int i) { return s + t.g[c][i]; });
   }
 
-  /// This block's row of sums. All threads call it.
+  /// This block's row of sums, those of its groups of threads one after another.
   DEVICE void store(const NormBackward& p, const Part<UNIT>& part, int first = 0) {
-    if (p.dweight != nullptr) store(p.dweight, weight, part, first);
-    if (p.dbias != nullptr) store(p.dbias, bias, part, first);
+    const int groups = blockDim.x / part.lanes;
+    if (groups > 1) {
+      __syncthreads();  // nobody reads other sums any more
+      if (p.dweight != nullptr) leave(weight, 0);
+      if (p.dbias != nullptr) leave(bias, N * UNIT / WORDS);
+      __syncthreads();
+      if (threadIdx.x >= part.lanes) return;
+      for (int g = 1; g < groups; ++g) {
+        if (p.dweight != nullptr) collect(weight, 0, g * part.lanes);
+        if (p.dbias != nullptr) collect(bias, N * UNIT / WORDS, g * part.lanes);
+      }
+    }
+    if (p.dweight != nullptr) write_sums(p.dweight, weight, part, first);
+    if (p.dbias != nullptr) write_sums(p.dbias, bias, part, first);
   }
 
  private:
   static constexpr int WORDS = UNIT == 1 ? 1 : 4;  // of an access
+  using Words = float[WORDS];
 
-  /// Those of the block's groups of threads one after another.
-  static DEVICE void store(float* to, float (&v)[N][UNIT], const Part<UNIT>& part, int first) {
-    const int groups = blockDim.x / part.lanes;
-    if (groups > 1) {
-      extern __shared__ float4 shared[];
-      auto* const all = reinterpret_cast<float*>(shared);
-      __syncthreads();  // nobody reads other sums any more
-      for_each_access([&](int access, int c, int i) {
-        store_unit<WORDS>(all + (access * blockDim.x + threadIdx.x) * WORDS,
-                          reinterpret_cast<float (&)[WORDS]>(v[c][i]));
-      });
-      __syncthreads();
-      if (threadIdx.x >= part.lanes) return;
-      for (int g = 1; g < groups; ++g) {
-        for_each_access([&](int access, int c, int i) {
-          const float* from = all + (access * blockDim.x + g * part.lanes + threadIdx.x) * WORDS;
-#pragma unroll
-          for (int j = 0; j < WORDS; ++j) v[c][i + j] += from[j];
-        });
-      }
-    }
-    to += int64_t(blockIdx.x) * part.d;
-    for_each_access([&](int, int c, int i) {
-      if (part.has(first + c))
-        store_unit<WORDS>(to + part.column(first + c) + i,
-                          reinterpret_cast<float (&)[WORDS]>(v[c][i]));
-    });
+  /// Where a thread has access i to shared memory, side by side with the other threads.
+  static DEVICE float* place(int i, int thread) {
+    extern __shared__ float4 shared[];
+    return reinterpret_cast<float*>(shared) + (i * blockDim.x + thread) * WORDS;
   }
 
-  template <class F>
-  static DEVICE void for_each_access(F f) {
+  static DEVICE Words& words(float (&v)[N][UNIT], int i) {
+    return reinterpret_cast<Words&>(v[i * WORDS / UNIT][i * WORDS % UNIT]);
+  }
+
+  static DEVICE void leave(float (&v)[N][UNIT], int first) {
 #pragma unroll
-    for (int i = 0; i < N * UNIT; i += WORDS) f(i / WORDS, i / UNIT, i % UNIT);
+    for (int i = 0; i < N * UNIT / WORDS; ++i)
+      store_unit<WORDS>(place(first + i, threadIdx.x), words(v, i));
+  }
+
+  static DEVICE void collect(float (&v)[N][UNIT], int first, int other) {
+#pragma unroll
+    for (int i = 0; i < N * UNIT / WORDS; ++i) {
+      const float* from = place(first + i, other + threadIdx.x);
+#pragma unroll
+      for (int j = 0; j < WORDS; ++j) words(v, i)[j] += from[j];
+    }
+  }
+
+  static DEVICE void write_sums(float* to, float (&v)[N][UNIT], const Part<UNIT>& part, int first) {
+    to += int64_t(blockIdx.x) * part.d;
+#pragma unroll
+    for (int i = 0; i < N * UNIT / WORDS; ++i) {
+      const int c = i * WORDS / UNIT;
+      if (part.has(first + c))
+        store_unit<WORDS>(to + part.column(first + c) + i * WORDS % UNIT, words(v, i));
+    }
   }
 };
 

@@ -30,9 +30,7 @@ try:
 
     _cuda = _compiled
 except ImportError as error:  # absent is an answer; anything else that went wrong is not
-    if not (
-        error.name in ("pyfuse", "pyfuse._cuda") and "cannot import name '_cuda'" in str(error)
-    ):
+    if not (error.name in ("pyfuse", "pyfuse._cuda") and "cannot import name '_cuda'" in str(error)):
         raise
 
 
@@ -55,7 +53,9 @@ class Gpu:
         self.arch: int = 10 * properties.major + properties.minor
         self.multiprocessors: int = properties.multi_processor_count
 
-    def call(self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> None:
+    def call(
+        self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]
+    ) -> None:
         """On torch's current stream of this GPU."""
         stream = torch._C._cuda_getCurrentRawStream(self.index)
         on = (self.arch, self.multiprocessors, stream)

@@ -244,7 +244,6 @@ class Call(NamedTuple):
 
 # What the kernels are told ------------------------------------------------------------------------
 
-
 def lse_strides(t: Tensor | None) -> tuple[int, ...] | None:
     """Of batch and head in [B, Hq, M] or [Hq, T]."""
     if t is None:
