@@ -83,23 +83,25 @@ Shape shape_of(int d, int elements, int unit) {
   return shape;
 }
 
-// The figures are those of the entries of norm.cu. A row in one warp needs no barrier; of two ways
-// to share longer ones that which leaves fewer lanes without columns, else more columns a thread.
+// The figures are those of the entries of norm.cu and norm_bwd.cu. What a warp does for a row as a
+// whole costs as much as a dozen columns: so many columns a thread as registers allow, except for
+// rows that would then leave most of a warp without any.
 Shape forward_shape(int d, int unit) {
-  if (d <= 256) return shape_of(d, 8, unit);
-  const Shape shape = shape_of(d, 16, unit);
-  if (d > 512 && d <= 2048) {
-    const Shape small = shape_of(d, 8, unit);
-    return small.lanes * 8 < shape.lanes * 16 ? small : shape;
-  }
-  if (d <= 8192) return shape;
+  if (d <= (unit == 1 ? 2048 : 256)) return shape_of(d, 8, unit);
+  if (unit > 1 && d <= 8192) return shape_of(d, 16, unit);
   return unit == 8 && d <= 16384 ? shape_of(d, 32, unit) : Shape{};
 }
 
-// Of norm_bwd.cu, where 16 elements need all threads of a block for one row.
 Shape backward_shape(int d, int unit) {
-  if (d <= (unit == 8 ? 2048 : 4096)) return shape_of(d, 8, unit);
-  return unit == 8 && d <= 8192 ? shape_of(d, 16, unit) : Shape{};
+  const int elements = unit == 1 ? 4 : unit == 8 && d > 256 ? 16 : 8;
+  return d <= 512 * elements ? shape_of(d, elements, unit) : Shape{};
+}
+
+// Bytes of shared memory: of 16 columns a thread has the weight there, and where a block has
+// several rows at a time, their sums are joined there.
+int backward_shared(const Shape& shape) {
+  if (shape.threads > shape.lanes) return shape.threads * shape.elements * 8;
+  return shape.elements == 16 ? shape.threads * 64 : 0;
 }
 
 Launch launch_of(const char* kernel, const Shape& shape, int unit) {
@@ -165,7 +167,7 @@ void norm_backward(const py::tuple& gpu, const py::tuple& call) {
   const bool rows = p.dx.data != nullptr || p.dresidual.data != nullptr;
   p.lanes = shape.lanes;
   Launch launch = launch_of("norm_bwd", shape, unit);
-  launch.shared = shape.threads * 64;  // 16 elements of the weight, or two times 8 of sums
+  launch.shared = backward_shared(shape);
   launch.grid[0] = shape.elements == 0 ? blocks_of(on, shape, p.rows, 512) : blocks;
   const py::gil_scoped_release release;
   if (shape.elements > 0 || rows) start(on, launch, p);

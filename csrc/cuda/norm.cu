@@ -49,8 +49,6 @@ DEVICE void store_statistics(const NormForward& p, int64_t row, float mean, floa
 template <int ELEMENTS, bool HOLD>
 struct OnePass {
   static constexpr int N = ELEMENTS / UNIT;
-  // Columns one by one take most of the registers for their addresses.
-  static constexpr bool AHEAD = UNIT > 1;
 
   const NormForward& p;
   const Part<UNIT> part;
@@ -77,9 +75,22 @@ struct OnePass {
     if (p.kind != NORM_LAYER) return 0;
     float s = 0;
     for_each<UNIT, N>(v, [&](float x, int, int) { return s += x, x; });
-    const float mean = total(s) * p.inverse;
-    for_each<UNIT, N>(v, [&](float x, int c, int) { return part.has(c) ? x - mean : 0.0f; });
+    const float mean = mean_of(total(s), p);
+    for_each<UNIT, N>(v, [&](float x, int, int) { return x - mean; });
     return mean;
+  }
+
+  /// Of this thread's columns.
+  DEVICE float squares() const {
+    float s = 0;
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      float q = 0;
+#pragma unroll
+      for (int i = 0; i < UNIT; ++i) q = fmaf(v[c][i], v[c][i], q);
+      s += part.has(c) ? q : 0.0f;
+    }
+    return s;
   }
 
   DEVICE void scale(float rstd) {
@@ -100,17 +111,14 @@ struct OnePass {
     const int64_t step = int64_t(gridDim.x) * together;
     int64_t first = int64_t(blockIdx.x) * together, row = first + threadIdx.x / p.lanes;
     if (HOLD && p.y.data != nullptr) read_parameters<N>(weight, bias, p, part);
-    if (AHEAD) fetch_row(row);
+    fetch_row(row);
     for (; first < p.rows; first += step, row += step) {
-      if (!AHEAD) fetch_row(row);
       make_z<UNIT, N>(v, p, x, residual, p.threshold != 0, row, part);
-      if (AHEAD) fetch_row(row + step);
+      fetch_row(row + step);
       const bool mine = row < p.rows;
       if (mine && p.z.data != nullptr) write<UNIT, N>(p.z, row, v, part);
       const float mean = centre();
-      float s = 0;
-      for_each<UNIT, N>(v, [&](float x, int, int) { return s = fmaf(x, x, s), x; });
-      const float rstd = rsqrtf(fmaf(total(s), p.inverse, p.eps));
+      const float rstd = rsqrt_of(fmaf(total(squares()), p.inverse, p.eps));
       if (mine && part.lane == 0) store_statistics(p, row, mean, rstd);
       if (p.y.data == nullptr) continue;
       scale(rstd);
@@ -131,7 +139,7 @@ struct TwoPasses {
   DEVICE explicit TwoPasses(const NormForward& p) : p(p), part(p), sum(p.lanes) {}
 
   DEVICE void read_z(int64_t row, int chunk) {
-    Raw<UNIT> x[N], residual[N] = {};
+    Raw<UNIT> x[N] = {}, residual[N] = {};
     fetch<UNIT, N>(x, p.x, row, part, chunk);
     if (p.residual.data != nullptr) fetch<UNIT, N>(residual, p.residual, row, part, chunk);
     make_z<UNIT, N>(v, p, x, residual, p.threshold != 0, row, part, chunk);
@@ -164,11 +172,11 @@ struct TwoPasses {
     mean = 0;
     if (p.kind == NORM_LAYER) {
       sum.add(s);
-      mean = s[0] * p.inverse;
+      mean = mean_of(s[0], p);
     }
     s[0] = fmaf((middle - mean) * (middle - mean), count, squares);
     sum.add(s);
-    return rsqrtf(fmaf(s[0], p.inverse, p.eps));
+    return rsqrt_of(fmaf(s[0], p.inverse, p.eps));
   }
 
   DEVICE void run() {
@@ -181,7 +189,7 @@ struct TwoPasses {
         if (p.z.data == nullptr) {
           read_z(row, chunk);
         } else {  // this thread has written these columns
-          Raw<UNIT> z[N];
+          Raw<UNIT> z[N] = {};
           fetch<UNIT, N>(z, p.z, row, part, chunk);
           unpack<UNIT, N>(v, z, p.z.dtype);
         }
@@ -196,16 +204,18 @@ struct TwoPasses {
 
 }  // namespace
 
-// Elements of a row in each thread, and the most threads. Grid: any number of blocks.
+// Elements of a row in each thread. Grid: any number of blocks.
 
 extern "C" __global__ void __launch_bounds__(256) elements8(const __grid_constant__ NormForward p) {
   OnePass<8, true>(p).run();
 }
 
+#if NEIGHBOURS > 1
 extern "C" __global__ void __launch_bounds__(512)
     elements16(const __grid_constant__ NormForward p) {
-  OnePass<16, (UNIT > 1)>(p).run();
+  OnePass<16, true>(p).run();
 }
+#endif
 
 #if NEIGHBOURS == 8
 extern "C" __global__ void __launch_bounds__(512)
@@ -214,7 +224,8 @@ extern "C" __global__ void __launch_bounds__(512)
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(512) stretches(const __grid_constant__ NormForward p) {
+extern "C" __global__ void __launch_bounds__(512, 1)
+    stretches(const __grid_constant__ NormForward p) {
   TwoPasses(p).run();
 }
 

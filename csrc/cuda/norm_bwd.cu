@@ -130,33 +130,30 @@ struct ParameterSums {
   }
 };
 
-/// The weight, for all rows: in registers, or where these are few in shared memory, 16 bytes of
-/// each lane side by side. Threads that share a row are whole warps then, and all of a block.
+/// The weight, for all rows: in registers, or where these are few in shared memory, each thread's
+/// its own, 16 bytes side by side with those of its neighbours.
 template <int ELEMENTS>
 class Weight {
   static constexpr int N = ELEMENTS / UNIT;
-  static constexpr bool KEPT = ELEMENTS == 8;
+  static constexpr bool KEPT = ELEMENTS <= 8;
 
  public:
   DEVICE void load(const NormBackward& p, const Part<UNIT>& part) {
     read_weight<N>(kept_, p, part);
     if constexpr (!KEPT) {
-      for (int i = 0; i < ELEMENTS; i += 4) {
-        place()[i / 4 * p.lanes + part.lane] = {
-            kept_[i / UNIT][i % UNIT], kept_[i / UNIT][i % UNIT + 1], kept_[i / UNIT][i % UNIT + 2],
-            kept_[i / UNIT][i % UNIT + 3]};
-      }
-      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < ELEMENTS; i += 4)
+        store_unit<4>(place(i), reinterpret_cast<float (&)[4]>(kept_[i / UNIT][i % UNIT]));
     }
   }
 
-  DEVICE void multiply(float (&g)[N][UNIT], const Part<UNIT>& part) const {
+  DEVICE void multiply(float (&g)[N][UNIT]) const {
     if constexpr (KEPT) {
       for_each<UNIT, N>(g, [&](float x, int c, int i) { return x * kept_[c][i]; });
     } else {
 #pragma unroll
       for (int i = 0; i < ELEMENTS; i += 4) {
-        const float4 w = place()[i / 4 * part.lanes + part.lane];
+        const float4 w = *reinterpret_cast<const float4*>(place(i));
         float* const x = &g[i / UNIT][i % UNIT];
         x[0] *= w.x, x[1] *= w.y, x[2] *= w.z, x[3] *= w.w;
       }
@@ -164,9 +161,9 @@ class Weight {
   }
 
  private:
-  static DEVICE float4* place() {
+  static DEVICE float* place(int i) {
     extern __shared__ float4 shared[];
-    return shared;
+    return reinterpret_cast<float*>(shared + i / 4 * blockDim.x + threadIdx.x);
   }
 
   float kept_[N][UNIT];
@@ -180,7 +177,7 @@ struct OnePass {
   const NormBackward& p;
   const Part<UNIT> part;
   RowSum<2> sum;
-  Raw<UNIT> x[N] = {}, residual[N] = {}, dy[N] = {}, dz[N] = {};
+  Raw<UNIT> x[N] = {}, dy[N] = {};
   float mean = 0, rstd = 0;  // of the row that is on its way
   ParameterSums<N> sums;
   Weight<ELEMENTS> weight;
@@ -209,15 +206,16 @@ struct OnePass {
     fetch_row(row);
     for (; first < p.rows; first += step, row += step) {
       const bool mine = row < p.rows;
+      Raw<UNIT> residual[N] = {}, dz[N] = {};
       if (mine && p.residual.data != nullptr) fetch<UNIT, N>(residual, p.residual, row, part);
-      if (mine && p.dz.data != nullptr) fetch<UNIT, N>(dz, p.dz, row, part);
       Terms<N> t;
       const float scale = rstd;
       t.make(p, x, residual, dy, mean, rstd, row, part);
+      if (mine && p.dz.data != nullptr) fetch<UNIT, N>(dz, p.dz, row, part);
       fetch_row(row + step);
       sums.add(t);
       if (!rows_too) continue;
-      weight.multiply(t.g, part);
+      weight.multiply(t.g);
       float s[2] = {};
       t.add_to(s);
       sum.add(s);
@@ -242,7 +240,7 @@ struct TwoPasses {
 
   /// The terms of a stretch, dy times the weight.
   DEVICE void read_terms(int64_t row, int chunk) {
-    Raw<UNIT> x[N], residual[N] = {}, dy[N];
+    Raw<UNIT> x[N] = {}, residual[N] = {}, dy[N] = {};
     fetch<UNIT, N>(x, p.x, row, part, chunk);
     fetch<UNIT, N>(dy, p.dy, row, part, chunk);
     if (p.residual.data != nullptr) fetch<UNIT, N>(residual, p.residual, row, part, chunk);
@@ -264,7 +262,7 @@ struct TwoPasses {
       sum.add(s);
       const float offset = p.kind == NORM_LAYER ? s[1] * p.inverse : 0.0f;
       for (int chunk = 0; chunk * p.lanes * UNIT < p.d; chunk += N) {
-        Raw<UNIT> dz[N];
+        Raw<UNIT> dz[N] = {};
         if (p.dz.data != nullptr) fetch<UNIT, N>(dz, p.dz, row, part, chunk);
         read_terms(row, chunk);
         t.finish(p, dz, s[0] * p.inverse, offset, rstd, row, true, part, chunk);
@@ -288,7 +286,7 @@ struct Columns {
     const int chunk = blockIdx.y * N, warps = blockDim.x / 32;
     const int64_t step = int64_t(gridDim.x) * warps;
     for (int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / 32; row < p.rows; row += step) {
-      Raw<UNIT> x[N], residual[N] = {}, dy[N];
+      Raw<UNIT> x[N] = {}, residual[N] = {}, dy[N] = {};
       fetch<UNIT, N>(dy, p.dy, row, part, chunk);
       fetch<UNIT, N>(x, p.x, row, part, chunk);
       if (p.residual.data != nullptr) fetch<UNIT, N>(residual, p.residual, row, part, chunk);
@@ -303,12 +301,19 @@ struct Columns {
 
 }  // namespace
 
-// Elements of a row in each thread, and the most threads. Grid: as many blocks as rows of sums.
+// Elements of a row in each thread. Grid: as many blocks as rows of sums.
 
+#if NEIGHBOURS == 1  // the addresses of columns one by one take registers, too
+extern "C" __global__ void __launch_bounds__(512)
+    elements4(const __grid_constant__ NormBackward p) {
+  OnePass<4>(p).run();
+}
+#else
 extern "C" __global__ void __launch_bounds__(512)
     elements8(const __grid_constant__ NormBackward p) {
   OnePass<8>(p).run();
 }
+#endif
 
 #if NEIGHBOURS == 8
 extern "C" __global__ void __launch_bounds__(512)

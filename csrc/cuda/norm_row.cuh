@@ -99,7 +99,8 @@ DEVICE void store_unit(T* to, const float (&v)[UNIT]) {
   }
 }
 
-/// This thread's chunks of a row, from chunk `first` on; zeros beyond column d.
+/// This thread's chunks of a row, from chunk `first` on. Those beyond column d are left as they
+/// are: zeros, where the caller has set them so once.
 template <int UNIT, int N>
 DEVICE void fetch(Raw<UNIT> (&raw)[N], const NormRows& t, int64_t row, const Part<UNIT>& part,
                   int first = 0) {
@@ -108,7 +109,6 @@ DEVICE void fetch(Raw<UNIT> (&raw)[N], const NormRows& t, int64_t row, const Par
     const T* from = static_cast<const T*>(t.data) + row * t.stride;
 #pragma unroll
     for (int c = 0; c < N; ++c) {
-      raw[c] = {};
       if (part.has(first + c)) load_unit<UNIT>(raw[c], from + part.column(first + c));
     }
   });
@@ -234,14 +234,30 @@ DEVICE void make_z(float (&z)[N][UNIT], const NormCall& p, const Raw<UNIT> (&x)[
   const bool added = p.residual.data != nullptr;
   if (!added && !dropped) return;
   with_dtype<UNIT>(added ? p.residual.dtype : p.x.dtype, [&](auto zero) {
+    if (added) {
 #pragma unroll
-    for (int c = 0; c < N; ++c) {
-      float r[UNIT];
-      unpack<UNIT>(r, residual[c], zero);
+      for (int c = 0; c < N; ++c) {
+        float r[UNIT];
+        unpack<UNIT>(r, residual[c], zero);
 #pragma unroll
-      for (int i = 0; i < UNIT; ++i) z[c][i] = rounded(added ? z[c][i] + r[i] : z[c][i], zero);
+        for (int i = 0; i < UNIT; ++i) z[c][i] += r[i];
+      }
     }
+    for_each<UNIT, N>(z, [&](float x, int, int) { return rounded(x, zero); });
   });
+}
+
+/// sum / d, with p.inverse = 1 / d.
+DEVICE float mean_of(float sum, const NormCall& p) {
+  const float mean = sum * p.inverse;
+  return fmaf(fmaf(-mean, static_cast<float>(p.d), sum), p.inverse, mean);
+}
+
+/// x^-1/2, the approximation of the hardware (of two ulp) improved by a step of Newton's; 0 and
+/// infinity as they are.
+DEVICE float rsqrt_of(float x) {
+  const float y = rsqrtf(x), error = fmaf(-x * y, y, 1.0f);
+  return isnan(error) ? y : fmaf(0.5f * y, error, y);
 }
 
 constexpr int MOST_WARPS = 16;
@@ -252,34 +268,41 @@ constexpr int MOST_WARPS = 16;
 template <int K>
 class RowSum {
  public:
-  DEVICE explicit RowSum(int lanes) : lanes_(lanes) {}
+  DEVICE explicit RowSum(int lanes)
+      : lanes_(lanes), first_(lanes > 32 ? threadIdx.x / lanes * (lanes / 32) : 0) {}
 
   DEVICE void add(float (&sum)[K]) {
-    __shared__ float places[2][MOST_WARPS][K];
-    const int width = lanes_ < 32 ? lanes_ : 32;
-    for (int step = width / 2; step > 0; step /= 2) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) sum[k] += __shfl_xor_sync(~0u, sum[k], step);
-    }
+    __shared__ float places[2][K][MOST_WARPS];
+    exchange<16>(sum, lanes_);
     if (lanes_ <= 32) return;
     auto& place = places[turn_];
-    const int warp = threadIdx.x / 32, warps = lanes_ / 32, first = warp / warps * warps;
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) place[warp][k] = sum[k];
+      for (int k = 0; k < K; ++k) place[k][threadIdx.x / 32] = sum[k];
     }
     __syncthreads();
+    const int warp = threadIdx.x % MOST_WARPS;
 #pragma unroll
-    for (int k = 0; k < K; ++k) sum[k] = 0;
-    for (int w = first; w < first + warps; ++w) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) sum[k] += place[w][k];
-    }
+    for (int k = 0; k < K; ++k) sum[k] = warp * 32 < lanes_ ? place[k][first_ + warp] : 0.0f;
+    exchange<MOST_WARPS / 2>(sum, MOST_WARPS);
     turn_ ^= 1;
   }
 
  private:
-  int lanes_, turn_ = 0;
+  /// Add those of neighbours, as far as these share the row: all of `lanes` get the same sum.
+  template <int STEP>
+  static DEVICE void exchange(float (&sum)[K], int lanes) {
+#pragma unroll
+    for (int step = STEP; step > 0; step /= 2) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        const float other = __shfl_xor_sync(~0u, sum[k], step);
+        if (step < lanes) sum[k] += other;
+      }
+    }
+  }
+
+  int lanes_, first_, turn_ = 0;  // first_: the first warp of the row's
 };
 
 }  // namespace pyfuse::cuda
