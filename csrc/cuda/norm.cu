@@ -11,6 +11,7 @@
 //
 // Compiled once for each NEIGHBOURS, the UNIT of norm_row.cuh: 8, 4 and 1.
 #include "norm_row.cuh"
+#include "norm_statistics.cuh"
 
 namespace pyfuse::cuda {
 namespace {

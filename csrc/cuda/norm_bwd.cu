@@ -10,7 +10,7 @@
 // kernel of its own goes down their columns.
 //
 // Compiled once for each NEIGHBOURS, the UNIT of norm_row.cuh: 8, 4 and 1.
-#include "norm_row.cuh"
+#include "norm_terms.cuh"
 
 namespace pyfuse::cuda {
 namespace {
@@ -23,112 +23,6 @@ DEVICE void read_weight(float (&weight)[N][UNIT], const NormBackward& p, const P
   read<UNIT, N>(weight, p.weight, p.kind == NORM_GEMMA ? 0.0f : 1.0f, part, first);
   if (p.kind == NORM_GEMMA) for_each<UNIT, N>(weight, [](float w, int, int) { return 1.0f + w; });
 }
-
-/// A thread's chunks of a row: n, and dy (times the weight, when asked).
-template <int N>
-struct Terms {
-  float n[N][UNIT], g[N][UNIT];
-
-  DEVICE void make(const NormBackward& p, const Raw<UNIT> (&x)[N], const Raw<UNIT> (&residual)[N],
-                   const Raw<UNIT> (&dy)[N], float mean, float rstd, int64_t row,
-                   const Part<UNIT>& part, int first = 0) {
-    make_z<UNIT, N>(n, p, x, residual, p.drop, row, part, first);
-    for_each<UNIT, N>(n, [&](float z, int, int) { return (z - mean) * rstd; });
-    unpack<UNIT, N>(g, dy, p.dy.dtype);
-  }
-
-  /// Σ g · n and Σ g. Beyond column d g is 0.
-  DEVICE void add_to(float (&s)[2]) const {
-#pragma unroll
-    for (int i = 0; i < N * UNIT; ++i) {
-      const float x = g[i / UNIT][i % UNIT];
-      s[0] = fmaf(x, n[i / UNIT][i % UNIT], s[0]), s[1] += x;
-    }
-  }
-
-  /// dz' in g's place, and to memory. dz: what fetch() found.
-  DEVICE void finish(const NormBackward& p, const Raw<UNIT> (&dz)[N], float slope, float offset,
-                     float rstd, int64_t row, bool mine, const Part<UNIT>& part, int first = 0) {
-    for_each<UNIT, N>(g,
-                      [&](float x, int c, int i) { return rstd * (x - offset - n[c][i] * slope); });
-    if (p.dz.data != nullptr) {
-      unpack<UNIT, N>(n, dz, p.dz.dtype);
-      for_each<UNIT, N>(g, [&](float x, int c, int i) { return x + n[c][i]; });
-    }
-    if (mine && p.dresidual.data != nullptr) write<UNIT, N>(p.dresidual, row, g, part, first);
-    if (p.dx.data == nullptr) return;
-    if (p.threshold != 0) drop<UNIT, N>(g, p, row, part, first);
-    if (mine) write<UNIT, N>(p.dx, row, g, part, first);
-  }
-};
-
-/// What rows add to the parameters' gradients.
-template <int N>
-struct ParameterSums {
-  float weight[N][UNIT] = {}, bias[N][UNIT] = {};
-
-  DEVICE void add(const Terms<N>& t) {
-    for_each<UNIT, N>(weight, [&](float s, int c, int i) { return fmaf(t.g[c][i], t.n[c][i], s); });
-    for_each<UNIT, N>(bias, [&](float s, int c, int i) { return s + t.g[c][i]; });
-  }
-
-  /// This block's row of sums, those of its groups of threads one after another.
-  DEVICE void store(const NormBackward& p, const Part<UNIT>& part, int first = 0) {
-    const int groups = blockDim.x / part.lanes;
-    if (groups > 1) {
-      __syncthreads();  // nobody reads other sums any more
-      if (p.dweight != nullptr) leave(weight, 0);
-      if (p.dbias != nullptr) leave(bias, N * UNIT / WORDS);
-      __syncthreads();
-      if (threadIdx.x >= part.lanes) return;
-      for (int g = 1; g < groups; ++g) {
-        if (p.dweight != nullptr) collect(weight, 0, g * part.lanes);
-        if (p.dbias != nullptr) collect(bias, N * UNIT / WORDS, g * part.lanes);
-      }
-    }
-    if (p.dweight != nullptr) write_sums(p.dweight, weight, part, first);
-    if (p.dbias != nullptr) write_sums(p.dbias, bias, part, first);
-  }
-
- private:
-  static constexpr int WORDS = UNIT == 1 ? 1 : 4;  // of an access
-  using Words = float[WORDS];
-
-  /// Where a thread has access i to shared memory, side by side with the other threads.
-  static DEVICE float* place(int i, int thread) {
-    extern __shared__ float4 shared[];
-    return reinterpret_cast<float*>(shared) + (i * blockDim.x + thread) * WORDS;
-  }
-
-  static DEVICE Words& words(float (&v)[N][UNIT], int i) {
-    return reinterpret_cast<Words&>(v[i * WORDS / UNIT][i * WORDS % UNIT]);
-  }
-
-  static DEVICE void leave(float (&v)[N][UNIT], int first) {
-#pragma unroll
-    for (int i = 0; i < N * UNIT / WORDS; ++i)
-      store_unit<WORDS>(place(first + i, threadIdx.x), words(v, i));
-  }
-
-  static DEVICE void collect(float (&v)[N][UNIT], int first, int other) {
-#pragma unroll
-    for (int i = 0; i < N * UNIT / WORDS; ++i) {
-      const float* from = place(first + i, other + threadIdx.x);
-#pragma unroll
-      for (int j = 0; j < WORDS; ++j) words(v, i)[j] += from[j];
-    }
-  }
-
-  static DEVICE void write_sums(float* to, float (&v)[N][UNIT], const Part<UNIT>& part, int first) {
-    to += int64_t(blockIdx.x) * part.d;
-#pragma unroll
-    for (int i = 0; i < N * UNIT / WORDS; ++i) {
-      const int c = i * WORDS / UNIT;
-      if (part.has(first + c))
-        store_unit<WORDS>(to + part.column(first + c) + i * WORDS % UNIT, words(v, i));
-    }
-  }
-};
 
 /// The weight, for all rows: in registers, or where these are few in shared memory, each thread's
 /// its own, 16 bytes side by side with those of its neighbours.
@@ -143,7 +37,7 @@ class Weight {
     if constexpr (!KEPT) {
 #pragma unroll
       for (int i = 0; i < ELEMENTS; i += 4)
-        store_unit<4>(place(i), reinterpret_cast<float (&)[4]>(kept_[i / UNIT][i % UNIT]));
+        keep_words<4>(place(i), reinterpret_cast<float (&)[4]>(kept_[i / UNIT][i % UNIT]));
     }
   }
 
@@ -179,7 +73,7 @@ struct OnePass {
   RowSum<2> sum;
   Raw<UNIT> x[N] = {}, dy[N] = {};
   float mean = 0, rstd = 0;  // of the row that is on its way
-  ParameterSums<N> sums;
+  ParameterSums<UNIT, N> sums;
   Weight<ELEMENTS> weight;
 
   DEVICE explicit OnePass(const NormBackward& p) : p(p), part(p), sum(p.lanes) {}
@@ -208,7 +102,7 @@ struct OnePass {
       const bool mine = row < p.rows;
       Raw<UNIT> residual[N] = {}, dz[N] = {};
       if (mine && p.residual.data != nullptr) fetch<UNIT, N>(residual, p.residual, row, part);
-      Terms<N> t;
+      Terms<UNIT, N> t;
       const float scale = rstd;
       t.make(p, x, residual, dy, mean, rstd, row, part);
       if (mine && p.dz.data != nullptr) fetch<UNIT, N>(dz, p.dz, row, part);
@@ -234,7 +128,7 @@ struct TwoPasses {
   const Part<UNIT> part;
   RowSum<2> sum;
   float mean = 0, rstd = 0;
-  Terms<N> t;
+  Terms<UNIT, N> t;
 
   DEVICE explicit TwoPasses(const NormBackward& p) : p(p), part(p), sum(p.lanes) {}
 
@@ -278,7 +172,7 @@ struct Columns {
 
   const NormBackward& p;
   const Part<UNIT> part;
-  ParameterSums<N> sums;
+  ParameterSums<UNIT, N> sums;
 
   DEVICE explicit Columns(const NormBackward& p) : p(p), part(p) {}
 
@@ -290,7 +184,7 @@ struct Columns {
       fetch<UNIT, N>(dy, p.dy, row, part, chunk);
       fetch<UNIT, N>(x, p.x, row, part, chunk);
       if (p.residual.data != nullptr) fetch<UNIT, N>(residual, p.residual, row, part, chunk);
-      Terms<N> t;
+      Terms<UNIT, N> t;
       t.make(p, x, residual, dy, p.mean == nullptr ? 0.0f : p.mean[row], p.rstd[row], row, part,
              chunk);
       sums.add(t);

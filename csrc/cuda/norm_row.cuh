@@ -85,17 +85,18 @@ DEVICE void load_unit(Raw<UNIT>& raw, const T* from) {
   }
 }
 
+/// To global memory. As an assignment the compiler may take a vector apart.
 template <int UNIT, typename T>
 DEVICE void store_unit(T* to, const float (&v)[UNIT]) {
   if constexpr (UNIT == 1) {
     *to = T(v[0]);
   } else if constexpr (sizeof(T) == 4) {
-    *reinterpret_cast<float4*>(to) = {v[0], v[1], v[2], v[3]};
+    __stwb(reinterpret_cast<float4*>(to), {v[0], v[1], v[2], v[3]});
   } else if constexpr (UNIT == 4) {
-    *reinterpret_cast<uint2*>(to) = {pack(v[0], v[1], T()), pack(v[2], v[3], T())};
+    __stwb(reinterpret_cast<uint2*>(to), {pack(v[0], v[1], T()), pack(v[2], v[3], T())});
   } else {
-    *reinterpret_cast<uint4*>(to) = {pack(v[0], v[1], T()), pack(v[2], v[3], T()),
-                                     pack(v[4], v[5], T()), pack(v[6], v[7], T())};
+    __stwb(reinterpret_cast<uint4*>(to), {pack(v[0], v[1], T()), pack(v[2], v[3], T()),
+                                          pack(v[4], v[5], T()), pack(v[6], v[7], T())});
   }
 }
 
@@ -246,63 +247,5 @@ DEVICE void make_z(float (&z)[N][UNIT], const NormCall& p, const Raw<UNIT> (&x)[
     for_each<UNIT, N>(z, [&](float x, int, int) { return rounded(x, zero); });
   });
 }
-
-/// sum / d, with p.inverse = 1 / d.
-DEVICE float mean_of(float sum, const NormCall& p) {
-  const float mean = sum * p.inverse;
-  return fmaf(fmaf(-mean, static_cast<float>(p.d), sum), p.inverse, mean);
-}
-
-/// x^-1/2, the approximation of the hardware (of two ulp) improved by a step of Newton's; 0 and
-/// infinity as they are.
-DEVICE float rsqrt_of(float x) {
-  const float y = rsqrtf(x), error = fmaf(-x * y, y, 1.0f);
-  return isnan(error) ? y : fmaf(0.5f * y, error, y);
-}
-
-constexpr int MOST_WARPS = 16;
-
-/// Sums over the threads of a row, the same number in each of them and always in the same order.
-/// Within a warp by exchange; warps leave theirs in one of two places, so that one barrier for each
-/// sum suffices: whoever writes a place again has seen a barrier after all had read it.
-template <int K>
-class RowSum {
- public:
-  DEVICE explicit RowSum(int lanes)
-      : lanes_(lanes), first_(lanes > 32 ? threadIdx.x / lanes * (lanes / 32) : 0) {}
-
-  DEVICE void add(float (&sum)[K]) {
-    __shared__ float places[2][K][MOST_WARPS];
-    exchange<16>(sum, lanes_);
-    if (lanes_ <= 32) return;
-    auto& place = places[turn_];
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) place[k][threadIdx.x / 32] = sum[k];
-    }
-    __syncthreads();
-    const int warp = threadIdx.x % MOST_WARPS;
-#pragma unroll
-    for (int k = 0; k < K; ++k) sum[k] = warp * 32 < lanes_ ? place[k][first_ + warp] : 0.0f;
-    exchange<MOST_WARPS / 2>(sum, MOST_WARPS);
-    turn_ ^= 1;
-  }
-
- private:
-  /// Add those of neighbours, as far as these share the row: all of `lanes` get the same sum.
-  template <int STEP>
-  static DEVICE void exchange(float (&sum)[K], int lanes) {
-#pragma unroll
-    for (int step = STEP; step > 0; step /= 2) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        const float other = __shfl_xor_sync(~0u, sum[k], step);
-        if (step < lanes) sum[k] += other;
-      }
-    }
-  }
-
-  int lanes_, first_, turn_ = 0;  // first_: the first warp of the row's
-};
 
 }  // namespace pyfuse::cuda
