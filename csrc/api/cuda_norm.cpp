@@ -76,7 +76,7 @@ struct Shape {
 
 Shape shape_of(int d, int elements, int unit) {
   const int lanes = static_cast<int>(ceil_div(d, elements));
-  Shape shape{elements, unit == 1 ? 4 : 1, 256};
+  Shape shape{elements, unit < 8 ? 4 : 1, 256};  // four: whole sectors
   while (shape.lanes < lanes && shape.lanes < 32) shape.lanes *= 2;
   if (lanes > 32) shape.lanes = static_cast<int>(ceil_div(lanes, 32)) * 32;
   shape.threads = std::max(256 / shape.lanes, 1) * shape.lanes;
