@@ -85,6 +85,12 @@ foreach(type f32 bf16 f16)
   add_unit(attention_merge_${type} csrc/cuda/attention_merge.cu OPTIONS -DELEMENT=${type})
 endforeach()
 
+foreach(neighbours 8 4 1)
+  add_unit(norm_${neighbours} csrc/cuda/norm.cu OPTIONS -DNEIGHBOURS=${neighbours})
+  add_unit(norm_bwd_${neighbours} csrc/cuda/norm_bwd.cu OPTIONS -DNEIGHBOURS=${neighbours})
+endforeach()
+add_unit(norm_sums csrc/cuda/norm_sums.cu)
+
 configure_file(csrc/cuda/units.cpp.in ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 set_source_files_properties(${CMAKE_CURRENT_BINARY_DIR}/units.cpp PROPERTIES OBJECT_DEPENDS "${FATBINS}")
 pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the assembler is told
@@ -94,6 +100,7 @@ pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the
   csrc/api/cuda_embed.cpp
   csrc/api/cuda_rope.cpp
   csrc/api/cuda_decode.cpp
+  csrc/api/cuda_norm.cpp
   ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDA_INCLUDE})

@@ -166,7 +166,7 @@ struct Decode {
     ring.copy_keys();
     if (!there) return;
     if (!part.all_see(n, 16)) hide(s, n);
-    softmax.step(s, o, p.fold ? p.scale : 1.0f);
+    softmax.template step<true>(s, o, p.fold ? p.scale : 1.0f);
     if constexpr (sizeof(T) == 4) {
       multiply_columns_f32<Keys>(o, s, ring.address, ring.values(), AllRows());
     } else {

@@ -7,6 +7,7 @@ void register_attention(pybind11::module_& m);
 void register_embed(pybind11::module_& m);
 void register_rope(pybind11::module_& m);
 void register_decode(pybind11::module_& m);
+void register_norm(pybind11::module_& m);
 }  // namespace pyfuse::cuda
 
 PYBIND11_MODULE(_cuda, m) {
@@ -16,4 +17,5 @@ PYBIND11_MODULE(_cuda, m) {
   pyfuse::cuda::register_embed(m);
   pyfuse::cuda::register_rope(m);
   pyfuse::cuda::register_decode(m);
+  pyfuse::cuda::register_norm(m);
 }

@@ -13,10 +13,13 @@ from pyfuse.backends import (
     cuda_device,
     cuda_embed,
     cuda_embed_gradient,
+    cuda_norm,
+    cuda_norm_gradient,
     cuda_rope,
     gpu_order,
 )
 from pyfuse.backends.cuda_device import why_unavailable
+from pyfuse.backends.gpu_norm import Norms
 from pyfuse.dispatch import Gradient, Impl
 
 __all__ = ["OPS", "why_unavailable"]
@@ -51,4 +54,5 @@ OPS: dict[str, Impl] = {
     ),
     **cuda_rope.OPS,
     "decode_attention": Impl(cuda_decode.decode_attention, cuda_decode.why_not_decode_attention),
+    **Norms(cuda_norm.why_not, cuda_norm.write, cuda_norm_gradient.write_gradients).ops(),
 }

@@ -6,12 +6,14 @@ from pyfuse.backends import (
     triton_attention,
     triton_attention_gradient,
     triton_decode,
+    triton_device,
     triton_embed,
     triton_embed_gradient,
     triton_norm,
     triton_norm_gradient,
     triton_rope,
 )
+from pyfuse.backends.gpu_norm import Norms
 from pyfuse.backends.triton_device import why_unavailable
 from pyfuse.dispatch import Gradient, Impl
 
@@ -42,26 +44,7 @@ OPS: dict[str, Impl] = {
         triton_decode.decode_attention,
         triton_decode.why_not_decode_attention,
     ),
-    "layer_norm": Impl(
-        triton_norm.layer_norm,
-        triton_norm.why_not_layer_norm,
-        Gradient(
-            triton_norm_gradient.layer_norm_forward,
-            triton_norm_gradient.layer_norm_backward,
-            triton_norm_gradient.why_not,
-            triton_norm_gradient.restore_layer_norm,
-        ),
-    ),
-    "rms_norm": Impl(
-        triton_norm.rms_norm,
-        triton_norm.why_not_rms_norm,
-        Gradient(
-            triton_norm_gradient.rms_norm_forward,
-            triton_norm_gradient.rms_norm_backward,
-            triton_norm_gradient.why_not,
-            triton_norm_gradient.restore_rms_norm,
-        ),
-    ),
+    **Norms(triton_device.why_not, triton_norm.write, triton_norm_gradient.write_gradients).ops(),
     "embed": Impl(
         triton_embed.embed,
         triton_embed.why_not_embed,
