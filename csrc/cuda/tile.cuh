@@ -41,10 +41,12 @@ struct Tile {
 template <class Tile, int THREADS>
 struct Copier {
   static constexpr int WHOLE = THREADS % Tile::ROW_CHUNKS == 0 ? Tile::ROW_CHUNKS : Tile::CHUNKS;
-  static constexpr int ACROSS = WHOLE < THREADS / 8 ? WHOLE : THREADS / 8;  // chunks at a time
-  static constexpr int LOADED = THREADS / ACROSS;                           // rows at a time
-  // So a thread's chunks are all swizzled alike, and lie whole rows and panels apart.
-  static_assert(LOADED % 8 == 0 && ACROSS % Tile::CHUNKS == 0);
+  // Chunks at a time: a row's, but of blocks large enough so few that eight rows are copied
+  // together. Then all chunks of a thread are swizzled alike, and lie whole rows and panels apart.
+  static constexpr int ACROSS =
+      THREADS / 8 < Tile::CHUNKS || WHOLE < THREADS / 8 ? WHOLE : THREADS / 8;
+  static constexpr int LOADED = THREADS / ACROSS;  // rows at a time
+  static constexpr bool ALIKE = LOADED % 8 == 0 && ACROSS % Tile::CHUNKS == 0;
 
   static DEVICE int row() { return threadIdx.x % THREADS / ACROSS; }
   static DEVICE int chunk() { return threadIdx.x % ACROSS; }
@@ -67,7 +69,8 @@ struct Copier {
 #pragma unroll
       for (int c = 0; c < Tile::ROW_CHUNKS; c += ACROSS) {
         if ((c + chunk()) * 16 >= bytes || (ROWS % LOADED != 0 && i + row() >= ROWS)) continue;
-        const uint32_t place = to + i * Tile::ROW + c / Tile::CHUNKS * Tile::PANEL;
+        const uint32_t place = ALIKE ? to + i * Tile::ROW + c / Tile::CHUNKS * Tile::PANEL
+                                     : tile + Tile::at(row() + i, chunk() + c);
         if constexpr (RAGGED) {
           cp_async_or_zero(place, from + c * 16, row() + i < inside);
         } else {
