@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Target
-from emulated import ROOT, CudaOfCpuTensors, standing_in
+from cuda_code import kernels_of
+from emulated import CudaOfCpuTensors, standing_in
 from norm_cases import (
     NormCall,
     NormCase,
@@ -19,7 +20,7 @@ from norm_cases import (
     results,
 )
 from numerics import assert_bitwise_equal
-from ptxemu import Report, nvcc_run, sass
+from ptxemu import Report
 from torch import Tensor
 
 import pyfuse
@@ -118,10 +119,9 @@ def test_no_access_wastes(op: str, dtype: str, d: int, device: CudaOfCpuTensors)
 @pytest.mark.ahead_of_time
 @pytest.mark.parametrize("arch", ["80", "86", "89", "90a", "100", "120"])
 def test_registers_suffice(arch: str) -> None:
-    for name, (source, options, _) in cuda_device.module().units().items():
+    for name in cuda_device.module().units():
         if name.startswith("norm"):
-            cubin = nvcc_run.compile_cubin(ROOT / source, arch, flags=options.split())
-            for code in sass.read_cubin(cubin).values():
+            for code in kernels_of(name, arch).values():
                 assert code.in_registers, f"{name}/{code.name}: {code.spills}"
 
 

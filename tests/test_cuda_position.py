@@ -14,9 +14,9 @@ from torch import Tensor
 
 pytest.importorskip("pyfuse._cuda", reason="pyfuse._cuda is not built")
 
-from emulated import ROOT, CudaOfCpuTensors, standing_in
-from ptxemu import Report, nvcc_run
-from ptxemu.sass import read_cubin
+from cuda_code import kernels_of
+from emulated import CudaOfCpuTensors, standing_in
+from ptxemu import Report
 
 import pyfuse
 from pyfuse.backends import cuda_device, cuda_embed, cuda_embed_gradient
@@ -111,8 +111,7 @@ def test_embed_reads_and_writes_once(case: str, emulator: CudaOfCpuTensors) -> N
 @pytest.mark.parametrize("arch", ["80", "89", "90a", "120"])
 @pytest.mark.parametrize("source", ["rope", "embed", "embed_bwd", "row_sums"])
 def test_nothing_spills(source: str, arch: str) -> None:
-    path, flags, _ = cuda_device.module().units()[f"{source}_bf16"]
-    for code in read_cubin(nvcc_run.compile_cubin(ROOT / path, arch, flags=flags.split())).values():
+    for code in kernels_of(f"{source}_bf16", arch).values():
         assert code.in_registers, (code.name, code.registers)
 
 
