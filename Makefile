@@ -92,7 +92,7 @@ bench: $(BIN)/pyfuse ## kernels against torch, interleaved; what Python costs in
 	$(BIN)/python -m benchmarks.bench_norm
 	$(BIN)/python -m benchmarks.bench_launch
 
-bench-gpu: $(BIN)/pyfuse ## on a GPU: the Triton kernels against torch, FlexAttention, flash-attn and Liger
+bench-gpu: $(BIN)/pyfuse ## on a GPU: kernels against torch, FlexAttention, flash-attn and Liger (ARGS=--backend=cuda)
 	$(BIN)/python -m benchmarks.bench_gpu $(ARGS)
 
 clean: ## remove what was built, keep the models

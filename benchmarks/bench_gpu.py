@@ -1,6 +1,7 @@
-"""The Triton kernels on a GPU against torch SDPA, FlexAttention, flash-attn and Liger, those that are installed.
+"""The GPU kernels, Triton's or CUDA's, against torch SDPA, FlexAttention, flash-attn and Liger, those that are installed.
 
-    make bench-gpu      or      python -m benchmarks.bench_gpu [--dtype bfloat16] [--quick]
+    make bench-gpu      or      python -m benchmarks.bench_gpu [--backend cuda]
+        [--dtype bfloat16] [--quick]
 
 A line for each case and contender: median time of many runs with cold L2 (triton.testing.do_bench), TFLOP/s or GB/s,
 and pyfuse's gain over it. Attention counts the products of what is visible: 4·B·Hq·M·N·D forward, 2.5 times that
@@ -24,10 +25,10 @@ from torch.nn import functional as F
 import pyfuse
 from benchmarks.command import require
 from pyfuse import dispatch
-from pyfuse.backends import triton_device
 
 Run = Callable[[], object]
 DEVICE = "cuda"
+BACKEND = "triton"  # whose kernels are "pyfuse"; --backend says another
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
         for h in (hq, hk, hk)
     )
     calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "pyfuse": partial(pyfuse.attention, causal=shape.causal, backend="triton"),
+        "pyfuse": partial(pyfuse.attention, causal=shape.causal, backend=BACKEND),
         "SDPA": partial(
             F.scaled_dot_product_attention, is_causal=shape.causal, enable_gqa=hq != hk
         ),
@@ -141,8 +142,8 @@ def decoding(dtype: torch.dtype) -> Iterator[Case]:
         paged[:, pages.flatten()] = caches.unflatten(3, (-1, 16)).transpose(2, 3).flatten(1, 2)
         decode = partial(pyfuse.decode_attention, q, seqlens_k=lengths)
         runs: dict[str, Run] = {
-            "pyfuse": partial(decode, *caches, backend="triton"),
-            "pyfuse, paged": partial(decode, *paged, block_table=pages, backend="triton"),
+            "pyfuse": partial(decode, *caches, backend=BACKEND),
+            "pyfuse, paged": partial(decode, *paged, block_table=pages, backend=BACKEND),
             "SDPA": partial(
                 F.scaled_dot_product_attention, q, caches[0], caches[1], enable_gqa=hq != hk
             ),
@@ -182,12 +183,12 @@ def norms(dtype: torch.dtype) -> Iterator[Case]:
             calls["layer_norm"]["Liger"] = partial(liger_layer_norm, x, w, b, 1e-5)
         for name, others in calls.items():
             parameters = (w,) if name == "rms_norm" else (w, b)
-            ours = partial(getattr(pyfuse, name), x, *parameters, backend="triton")
+            ours = partial(getattr(pyfuse, name), x, *parameters, backend=BACKEND)
             eager = partial(getattr(pyfuse, name), backend="eager")
             exact = eager(x[:64].double(), *(t.double() for t in parameters))
             require(name, ours()[:64], eager(x[:64], *parameters), exact)
             yield Case(f"{name} {rows} x {d}", "GB/s", 2.0 * size, {"pyfuse": ours} | others)
-        prenorm = partial(pyfuse.rms_norm, x, w, residual=residual, prenorm=True, backend="triton")
+        prenorm = partial(pyfuse.rms_norm, x, w, residual=residual, prenorm=True, backend=BACKEND)
 
         def apart(x: Tensor = x, residual: Tensor = residual, w: Tensor = w) -> Tensor:
             return F.rms_norm(x + residual, (x.shape[1],), w, 1e-6)
@@ -213,13 +214,13 @@ def positions(dtype: torch.dtype) -> Iterator[Case]:
         rope = partial(pyfuse.rope, layout="half")
         require(
             "rope",
-            rope(q, cos, sin, backend="triton"),
+            rope(q, cos, sin, backend=BACKEND),
             rope(q, cos, sin, backend="eager"),
             rope(q.double(), cos.double(), sin.double(), backend="eager"),
         )
         whole = (torch.cat((t, t), -1)[None].to(dtype) for t in (cos, sin))
         pair = partial(pyfuse.rope_pair, q, k, cos, sin, layout="half", inplace=True)
-        contenders: dict[str, Run] = {"pyfuse": partial(pair, backend="triton")}
+        contenders: dict[str, Run] = {"pyfuse": partial(pair, backend=BACKEND)}
         if _installed("liger_kernel"):
             from liger_kernel.transformers.rope import liger_rotary_pos_emb
 
@@ -241,13 +242,13 @@ def positions(dtype: torch.dtype) -> Iterator[Case]:
             few, table.double(), norm_weight=w.double(), norm_bias=b.double(), backend="eager"
         )
         require(
-            "embed", embed(few, table, backend="triton"), embed(few, table, backend="eager"), exact
+            "embed", embed(few, table, backend=BACKEND), embed(few, table, backend="eager"), exact
         )
         yield Case(
             f"embed and layer_norm {tokens} x {d}",
             "GB/s",
             2.0 * tokens * d * table.element_size(),
-            {"pyfuse": partial(embed, ids, table, backend="triton"), "torch": two},
+            {"pyfuse": partial(embed, ids, table, backend=BACKEND), "torch": two},
         )
 
 
@@ -269,19 +270,22 @@ def measure(case: Case) -> None:
 
 
 def main() -> int:
+    global BACKEND
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_gpu")
+    parser.add_argument("--backend", choices=("triton", "cuda"), default=BACKEND)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quick", action="store_true", help="two shapes of attention only")
     arguments = parser.parse_args()
-    reason = dispatch.backend_status()["triton"]
+    BACKEND = arguments.backend
+    reason = dispatch.backend_status()[BACKEND]
     if reason is not None:
         print(f"bench_gpu: {reason}", file=sys.stderr)
         return 1
     import triton
 
     dtype = getattr(torch, arguments.dtype)
-    name = triton_device.of(torch.empty(0, device=DEVICE)).name
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, {dtype}")
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else DEVICE
+    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}, {BACKEND}, {dtype}")
     for shape in QUICK if arguments.quick else SHAPES:
         for case in attention(shape, dtype):
             measure(case)

@@ -9,21 +9,25 @@ import torch
 from emulated import standing_in
 
 from benchmarks import bench_gpu
+from pyfuse.backends import cuda_device
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.triton
 
 
-@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("quick, backend", [(False, "triton"), (True, "triton"), (False, "cuda")])
 def test_every_line_is_printed(
-    quick: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick: bool, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if backend == "cuda" and cuda_device._cuda is None:
+        pytest.skip(cuda_device.NOT_BUILT)
+
     def once(run: Callable[[], object], return_mode: str) -> float:
         run()
         return 0.5
 
     monkeypatch.setattr("triton.testing.do_bench", once)
-    monkeypatch.setattr("sys.argv", ["bench_gpu", *(["--quick"] if quick else [])])
+    monkeypatch.setattr("sys.argv", ["bench_gpu", "--backend", backend, *["--quick"][:quick]])
     shapes = [bench_gpu.Shape(1, (2, 1), 33, 16, causal) for causal in (False, True)]
     for name, value in {
         "DEVICE": "cpu", "SHAPES": shapes, "QUICK": shapes[:1], "DECODING": [(2, (2, 1), 64, 16)],
@@ -32,7 +36,7 @@ def test_every_line_is_printed(
         monkeypatch.setattr(bench_gpu, name, value)
     # FlexAttention is compiled on a GPU, which takes no emulator; here it only has to be called rightly.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    with standing_in(80):
+    with standing_in(80, backend=backend):
         assert bench_gpu.main() == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert not [line for line in lines if "cannot" in line and "backward on CPU" not in line]
