@@ -66,7 +66,12 @@ endfunction()
 foreach(type f32 bf16 f16)
   foreach(d 32 64 96 128 256)
     add_unit(attention_fwd_${type}_d${d} csrc/cuda/attention_fwd.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
+    add_unit(attention_bwd_dkdv_${type}_d${d} csrc/cuda/attention_bwd_dkdv.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
+    add_unit(attention_bwd_dq_${type}_d${d} csrc/cuda/attention_bwd_dq.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
   endforeach()
+endforeach()
+foreach(type bf16 f16)
+  add_unit(attention_bwd_terms_${type} csrc/cuda/attention_bwd_terms.cu OPTIONS -DELEMENT=${type})
 endforeach()
 
 configure_file(csrc/cuda/units.cpp.in ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
@@ -75,6 +80,7 @@ pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the
   csrc/cuda/bindings.cpp
   csrc/cuda/launch.cpp
   csrc/api/cuda_attention.cpp
+  csrc/api/cuda_attention_gradient.cpp
   ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDA_INCLUDE})

@@ -4,10 +4,12 @@
 namespace pyfuse::cuda {
 void register_launch(pybind11::module_& m);
 void register_attention(pybind11::module_& m);
+void register_attention_gradient(pybind11::module_& m);
 }  // namespace pyfuse::cuda
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "pyfuse's CUDA kernels: pointers, sizes and strides in; nothing of torch is linked.";
   pyfuse::cuda::register_launch(m);
   pyfuse::cuda::register_attention(m);
+  pyfuse::cuda::register_attention_gradient(m);
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import torch
 from torch import Tensor
 
 MOST_KEYS = 1 << 30  # positions and their differences are 32-bit
@@ -38,3 +40,50 @@ def score_factors(scale: float, softcap: float | None) -> tuple[float, float | N
     if softcap is None:
         return scale * LOG2E, None
     return scale / softcap, softcap * LOG2E
+
+
+# The backward ------------------------------------------------------------------------------------
+
+
+def only_scaled(options: dict[str, Any]) -> bool:
+    """In the backward a scale below 0 is no different, since nothing takes a maximum."""
+    mask = options.get("mask")
+    plain = options["softcap"] is None and options["alibi_slopes"] is None
+    return plain and (mask is None or mask.dtype == torch.bool)
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """d lse / d sink is the weight of the sink, which has no value: its dp is 0."""
+    weight = (sinks.float()[:, None] - lse).exp_()
+    return per_head(weight.mul_(delta).neg_(), sinks)
+
+
+def without_pairs(
+    grads: tuple[Tensor | None, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: dict[str, Any],
+    lse: Tensor,
+    needs: frozenset[str],
+) -> dict[str, Tensor]:
+    """No query or no key: all gradients are 0, but for lse, which is the sink then."""
+    named = {"q": q, "k": k, "v": v, **options}
+    result = {name: torch.zeros_like(named[name]) for name in needs}
+    if "sinks" in needs and len(grads) > 1 and grads[1] is not None:
+        result["sinks"] = per_head(grads[1].float(), options["sinks"])
+    return result
+
+
+def per_head(rows: Tensor, parameter: Tensor) -> Tensor:
+    """[B, H, M] or [H, T] summed to [H]."""
+    return rows.sum((0, 2) if rows.ndim == 3 else 1).to(parameter.dtype)
+
+
+def unit_last(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def dense_like(t: Tensor) -> Tensor:
+    """A tensor for the gradient of t, in t's memory order where that is dense."""
+    return unit_last(torch.empty_like(t))

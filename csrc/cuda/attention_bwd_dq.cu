@@ -1,0 +1,313 @@
+// dq of attention's backward on mma.sync, for sm_80 and later.   (Dao, arXiv:2307.08691, §3)
+//
+//   dq[m] = factor sum_n ds[m, n] k[n];   ds: attention_gradient.cuh
+//
+// A block owns BLOCK_M queries of one head and folds the keys into their sums, tile by tile, in the
+// order of attention_fwd.cu. K and V have one buffer each: while do is multiplied with V, K is on
+// its way, and while ds weighs K, the next V.
+//
+// The same loop without the last product gives the terms of each row from lse: more exactly than
+// attention_bwd_terms.cu does from o, whose rounding they do not have.
+//
+// Compiled once for each ELEMENT (f32, bf16, f16) and HEAD_SIZE, the largest that D and Dv may
+// have: columns beyond them are zeros.
+#include "attention_gradient.cuh"
+#include "product.cuh"
+#include "softmax.cuh"
+
+namespace pyfuse::cuda {
+namespace {
+
+/// What a kernel gives: dq (and the share of each query in the slopes' gradient), or the terms.
+enum class Gives { dq, terms };
+
+template <typename T, int D, int MT, int WARPS, int BLOCK_N, class Policy, Gives GIVES>
+struct QueryGradients {
+  static constexpr int THREADS = 32 * WARPS, WARP_M = 16 * MT, BLOCK_M = WARP_M * WARPS;
+  static constexpr int PARTS = BLOCK_N / 8, OUT = GIVES == Gives::dq ? D / 8 : 2;
+  using Queries = Tile<T, D, BLOCK_M>;
+  using Keys = Tile<T, D, BLOCK_N>;
+  using Copy = Copier<Keys, THREADS>;
+  static constexpr int STEPS = D * sizeof(T) / 32;
+  static constexpr int QUERIES = 0, GRADS = Queries::BYTES, KEYS = 2 * Queries::BYTES;
+  static constexpr int VALUES = KEYS + Keys::BYTES;  // where they start in shared memory
+  // Of larger heads q and do are read again for every tile: registers are too few to keep them.
+  static constexpr bool KEEP = sizeof(T) == 2 && MT * D <= 128 && Policy::FOLD;
+
+  const AttentionGradient& p;
+  char* const shared;
+  const uint32_t base;
+  const uint32_t lane, row_lane, own_lane;  // lane_address, _of_rows, and of this warp's queries
+  int h, m0, m;                             // m: this lane's first row
+  Place place;
+  Band band;
+  const char *k, *v;     // this thread's part of the first key and value
+  int64_t k_row, v_row;  // bytes between rows
+  int64_t rows;          // where the block's queries are among the terms
+  Operand<T> kept_queries[KEEP ? STEPS : 1][MT], kept_grads[KEEP ? STEPS : 1][MT];
+
+  Terms terms[MT][2];
+  float dq[MT][OUT][4] = {};
+  float sum[MT][2] = {}, weights[MT][2] = {};
+
+  DEVICE QueryGradients(const AttentionGradient& p, char* shared)
+      : p(p),
+        shared(shared),
+        base(shared_address(shared)),
+        lane(lane_address<Keys>(base)),
+        row_lane(lane_address_of_rows<Keys>(base)),
+        own_lane(lane + threadIdx.x / 32 * WARP_M * Queries::ROW) {
+    const int blocks = (p.M + BLOCK_M - 1) / BLOCK_M;
+    // Where causal, the blocks that see most keys first.
+    const int x = static_cast<int>(blockIdx.x);
+    const int index = p.cu_q.data != nullptr ? x : x / blocks * blocks + (blocks - 1 - x % blocks);
+    place = place_of<BLOCK_M>(p, false, index, blocks);
+    h = blockIdx.y;
+    m0 = place.block * BLOCK_M;
+    m = m0 + threadIdx.x / 32 * WARP_M + threadIdx.x % 32 / 4;
+    band = band_of(p, place.b, place.count, place.others);
+    k_row = p.k_stride[2] * int64_t(sizeof(T)), v_row = p.v_stride[2] * int64_t(sizeof(T));
+    k = Copy::part(row_of<T>(p.k, p.k_stride, place.batch, h / p.group, place.other), k_row);
+    v = Copy::part(row_of<T>(p.v, p.v_stride, place.batch, h / p.group, place.other), v_row);
+    rows = place.batch * p.terms.stride[0] + h * p.terms.stride[1] + place.row;
+  }
+
+  /// Start copying rows of K or V, at this thread's part of key n's on, into their tile.
+  template <bool EDGE>
+  DEVICE void load(int tile, const char* from, int64_t row, int d, int n) const {
+    if (Policy::FOLD || p.aligned) {
+      Copy::template start<BLOCK_N, EDGE>(base + tile, from, row, d * sizeof(T), band.end - n);
+    } else {
+      Copy::template copy<T, BLOCK_N>(shared + tile, from, row, d, band.end - n);
+    }
+    cp_async_commit();
+  }
+
+  /// Start copying the block's rows of q or do.
+  DEVICE void load_own(int tile, const void* x, const int64_t (&stride)[3], int d) {
+    using Copy = Copier<Queries, THREADS>;
+    const char* from = row_of<T>(x, stride, place.batch, h, place.row + m0);
+    const int64_t row = stride[2] * int64_t(sizeof(T));
+    const int inside = place.count - m0;
+    if (Policy::FOLD || p.aligned) {
+      Copy::template start<BLOCK_M, true>(base + tile, Copy::part(from, row), row, d * sizeof(T),
+                                          inside);
+    } else {
+      Copy::template copy<T, BLOCK_M>(shared + tile, Copy::part(from, row), row, d, inside);
+    }
+    if (d == D) return;
+    Copy::template clear_padding<T, BLOCK_M>(shared + tile, d);
+    QueryGradients::Copy::template clear_padding<T, BLOCK_N>(
+        shared + (tile == QUERIES ? KEYS : VALUES), d);
+  }
+
+  DEVICE void load_terms() {
+    each_row([&](int i, int row, int at) {
+      Terms t{INFINITY, 0.0f, 0.0f};
+      if (at < place.count) {
+        if constexpr (GIVES == Gives::terms) {
+          const float lse = p.terms.lse[rows + at];
+          if (lse != -INFINITY) t.lse2 = lse * LOG2E;
+        } else {
+          t = {p.terms.lse2[rows + at], 0.0f, p.terms.delta[rows + at]};
+          if ((sizeof(T) == 4 || !Policy::FOLD) && p.terms.rest != nullptr)
+            t.rest = p.terms.rest[rows + at];
+        }
+      }
+      terms[i][row] = t;
+    });
+  }
+
+  /// f(i, row, m) for each of a lane's rows.
+  template <class F>
+  DEVICE void each_row(F f) const {
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) f(i, row, m + 16 * i + 8 * row);
+    }
+  }
+
+  /// c += a bᵀ with this warp's rows of q or do.
+  DEVICE void multiply(float (&c)[MT][PARTS][4], const Operand<T> (&kept)[KEEP ? STEPS : 1][MT],
+                       int own, int tile) const {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      if constexpr (KEEP) {
+        multiply_rows<T, Keys>(c, kept[step], row_lane, tile, step);
+      } else {
+        Operand<T> a[MT];
+#pragma unroll
+        for (int i = 0; i < MT; ++i)
+          a[i] = left_operand<T, Queries>(own_lane, own + i * 16 * Queries::ROW, step);
+        multiply_rows<T, Keys>(c, a, row_lane, tile, step);
+      }
+    }
+  }
+
+  /// Add what the tile of keys at n gives; its values are there. k_next, v_next: this thread's part
+  /// of the next tile's, at n_next, or null after the last. EDGE: some query does not see some key.
+  template <bool EDGE>
+  DEVICE void step(int n, const char* k_next, const char* v_next, int n_next) {
+    float s[MT][PARTS][4] = {}, dp[MT][PARTS][4] = {};
+    multiply(dp, kept_grads, GRADS, VALUES);
+    cp_async_wait<0>();
+    __syncthreads();  // the keys are there for all, and nobody reads values any more
+    if (v_next != nullptr) load<EDGE>(VALUES, v_next, v_row, p.dv, n_next);
+    multiply(s, kept_queries, QUERIES, KEYS);
+    uint64_t spoilt = 0;
+    if constexpr (EDGE && GIVES == Gives::dq) spoilt = spoilt_rows<T, Keys, BLOCK_N>(base + KEYS);
+    gradients<EDGE>(s, dp, n, spoilt);
+    if constexpr (GIVES == Gives::dq) {
+      if constexpr (EDGE) {
+        weigh(dp, KeptRows{~spoilt});
+      } else {
+        weigh(dp, AllRows());
+      }
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // the next values are there for all, and nobody reads keys any more
+    if (k_next != nullptr) load<EDGE>(KEYS, k_next, k_row, p.d, n_next);
+  }
+
+  template <bool EDGE>
+  DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4], int n,
+                        uint64_t spoilt) {
+    const auto of_rows = [&](int) {
+      return [&](int i, int j) -> const Terms& { return terms[i][j / 2]; };
+    };
+    const auto add = [&](int i, int j, float weight, float ds, int query, int key) {
+      if constexpr (GIVES == Gives::terms) {
+        sum[i][j / 2] += ds, weights[i][j / 2] += weight;
+      } else if constexpr (!Policy::FOLD) {
+        sum[i][j / 2] -= ds * fabsf(float(band.place(query) - key));
+      }
+    };
+    const Pairs<false> pairs{m, n + static_cast<int>(threadIdx.x % 4 * 2)};
+    Policy(p, band, place.b, h)
+        .template gradients<false, EDGE, sizeof(T) == 4>(s, dp, p, pairs, of_rows, spoilt, n, add);
+  }
+
+  template <class Kept>
+  DEVICE void weigh(const float (&ds)[MT][PARTS][4], const Kept& kept) {
+    if constexpr (sizeof(T) == 4) {
+      multiply_columns_f32<Keys>(dq, ds, base, KEYS, kept);
+    } else {
+      multiply_columns<T, Keys>(dq, ds, lane, KEYS, kept);
+    }
+  }
+
+  DEVICE void run() {
+    if (place.nothing || m0 >= place.count) return;
+    const auto tiles = KeyTiles::of<BLOCK_N>(band, m0, BLOCK_M, p.mask != nullptr);
+    load_own(QUERIES, p.q, p.q_stride, p.d);
+    load_own(GRADS, p.d_o, p.do_stride, p.dv);
+    load_terms();
+    int n = tiles.start<BLOCK_N>(0);
+    if (tiles.tiles > 0) load<true>(VALUES, v + n * v_row, v_row, p.dv, n);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    if (tiles.tiles > 0) load<true>(KEYS, k + n * k_row, k_row, p.d, n);
+    if constexpr (KEEP) {
+#pragma unroll
+      for (int i = 0; i < STEPS * MT; ++i) {
+        const int offset = i % MT * 16 * Queries::ROW;
+        kept_queries[i / MT][i % MT] = left_operand<T, Queries>(own_lane, QUERIES + offset, i / MT);
+        kept_grads[i / MT][i % MT] = left_operand<T, Queries>(own_lane, GRADS + offset, i / MT);
+      }
+    }
+    int left = tiles.tiles - tiles.edges;
+    for (int i = 0; i < tiles.edges; ++i) {
+      const int next = tiles.start<BLOCK_N>(i + 1);
+      const bool any = i + 1 < tiles.edges || left > 0;
+      step<true>(n, any ? k + next * k_row : nullptr, any ? v + next * v_row : nullptr, next);
+      n = next;
+    }
+    const int64_t k_step = BLOCK_N * k_row, v_step = BLOCK_N * v_row;
+    const char *k_next = k + n * k_row + k_step, *v_next = v + n * v_row + v_step;
+    for (; left > 0; --left, k_next += k_step, v_next += v_step, n += BLOCK_N)
+      step<false>(n, left > 1 ? k_next : nullptr, left > 1 ? v_next : nullptr, 0);
+    if constexpr (GIVES == Gives::terms) {
+      store_terms();
+    } else {
+      store();
+    }
+  }
+
+  DEVICE void store_terms() {
+    const auto add = [](float x, float y) { return x + y; };
+    each_row([&](int i, int row, int at) {
+      const float ds = over_row(sum[i][row], add), lse2 = terms[i][row].lse2;
+      float all = over_row(weights[i][row], add);
+      if (p.sinks != nullptr) all += exp2_approx(fmaf(p.sinks[h], LOG2E, -lse2));
+      if (at >= place.count || threadIdx.x % 4 != 0) return;
+      const bool blind = lse2 == INFINITY;
+      float delta = blind ? 0.0f : ds / all;
+      if (p.d_lse != nullptr && !blind)
+        delta -= p.d_lse[place.batch * p.dlse_stride[0] + h * p.dlse_stride[1] +
+                         (place.row + at) * p.dlse_stride[2]];
+      p.terms.lse2[rows + at] = lse2;
+      p.terms.rest[rows + at] = blind ? 0.0f : log2f(all);
+      p.terms.delta[rows + at] = delta;
+    });
+  }
+
+  /// Write dq by way of the queries' tile, of which each warp has its own rows: 16 bytes a lane.
+  DEVICE void store() {
+    if (!Policy::FOLD && p.d_slopes != nullptr) {
+      each_row([&](int i, int row, int at) {
+        const float all = over_row(sum[i][row], [](float x, float y) { return x + y; });
+        if (at < place.count && threadIdx.x % 4 == 0) p.d_slopes[rows + at] = all;
+      });
+    }
+    const int row0 = threadIdx.x / 32 * WARP_M;
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+#pragma unroll
+      for (int part = 0; part < OUT; ++part) {
+        for (int j = 0; j < 4; ++j) dq[i][part][j] *= p.factor;
+      }
+      store_product<T, Queries>(shared, row0 + 16 * i, dq[i]);
+    }
+    __syncwarp();
+    T* to = static_cast<T*>(p.d_q) + place.batch * p.dq_stride[0] + h * p.dq_stride[1] +
+            (place.row + m0 + row0) * p.dq_stride[2];
+    write_rows<T, Queries>(shared, row0, WARP_M, to, p.dq_stride[2], p.d,
+                           min(WARP_M, place.count - m0 - row0), Policy::FOLD || p.aligned);
+  }
+};
+
+// As csrc/api/cuda_attention_gradient.cpp has them.
+constexpr bool HALF = sizeof(ELEMENT) == 2;
+constexpr int MT = HALF && HEAD_SIZE <= 128 ? 2 : 1;
+constexpr int WARPS = !HALF && HEAD_SIZE == 256 ? 2 : 4;
+constexpr int BLOCK_N = !HALF && HEAD_SIZE == 256 ? 16 : 32;
+
+template <int MT, class Policy, Gives GIVES>
+DEVICE void run(const AttentionGradient& p) {
+  extern __shared__ __align__(1024) char shared[];
+  QueryGradients<ELEMENT, HEAD_SIZE, MT, WARPS, BLOCK_N, Policy, GIVES>(p, shared).run();
+}
+
+}  // namespace
+
+/// Aligned rows and nothing between product and softmax but a scale. Grid: blocks of queries, heads.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    dq(const __grid_constant__ AttentionGradient p) {
+  run<MT, PlainPairs, Gives::dq>(p);
+}
+
+/// Everything else; 16 queries to a warp.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    dq_options(const __grid_constant__ AttentionGradient p) {
+  run<1, OptionPairs, Gives::dq>(p);
+}
+
+/// lse2, rest and delta, with any options; 16 queries to a warp.
+extern "C" __global__ void __launch_bounds__(32 * WARPS)
+    terms(const __grid_constant__ AttentionGradient p) {
+  run<1, OptionPairs, Gives::terms>(p);
+}
+
+}  // namespace pyfuse::cuda
