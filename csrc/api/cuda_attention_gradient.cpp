@@ -33,6 +33,21 @@ Tiles query_tiles(DType dtype, int d, bool plain) {
   return {rows, warps, 2 * (rows + block_n) * d * size_of(dtype)};
 }
 
+// As attention_bwd_dmask.cu has them; rows are queries, and columns keys.
+struct MaskTiles : Tiles {
+  int columns;
+
+  MaskTiles(DType dtype, int d) {
+    const bool half = size_of(dtype) == 2;
+    warps = !half && d == 256 ? 2 : 4;
+    rows = 16 * warps;
+    columns = d <= (half ? 128 : 64) ? 64 : !half && d == 256 ? 16 : 32;
+    const int total = rows * (columns + 8) * 4;
+    const int tiles = 2 * (rows + columns) * d * size_of(dtype);
+    shared = total > tiles ? total : tiles;
+  }
+};
+
 // Whether kernels without options do: a scale below 0 is no different, as nothing takes a maximum.
 bool is_plain_gradient(AttentionCall p) {
   p.scale = 1.0f;
@@ -121,12 +136,37 @@ void attention_dq(const py::tuple& gpu, const py::tuple& call) {
   launch_by_queries(on, p, dtype, plain ? "dq" : "dq_options", plain);
 }
 
+void attention_dmask(const py::tuple& gpu, const py::tuple& call) {
+  Arguments from(call);
+  const DType dtype = dtype_of(from.integer());
+  AttentionGradient p = read_gradient(from);
+  p.d_mask = from.address("dmask"), p.dmask_kind = narrow(from.integer());
+  p.sharing_batches = narrow(from.integer()), p.sharing_heads = narrow(from.integer());
+  p.rows_apart = from.integer() != 0, p.columns_apart = from.integer() != 0;
+  from.integers(p.dmask_stride);
+  const int d = head_size(p);
+  const MaskTiles tiles(dtype, d);
+  Launch launch;
+  launch.unit = unit_name("attention_bwd_dmask", dtype, d);
+  launch.entry = "dmask";
+  launch.grid[0] = (p.rows_apart ? ceil_div(p.M, tiles.rows) : 1) *
+                   (p.columns_apart ? ceil_div(p.N, tiles.columns) : 1) *
+                   (p.batch / p.sharing_batches);
+  launch.grid[1] = p.heads / p.sharing_heads;
+  launch.threads = 32 * tiles.warps;
+  launch.shared = tiles.shared;
+  const Gpu on = read_gpu(gpu);
+  const py::gil_scoped_release release;
+  start(on, launch, p);
+}
+
 }  // namespace
 
 void register_attention_gradient(py::module_& m) {
   m.def("attention_terms", attention_terms, "What the backward needs of each row.");
   m.def("attention_dkdv", attention_dkdv, "The gradients of k and v.");
   m.def("attention_dq", attention_dq, "The gradient of q, and each query's share of the slopes'.");
+  m.def("attention_dmask", attention_dmask, "The gradient of an additive mask.");
 }
 
 }  // namespace pyfuse::cuda

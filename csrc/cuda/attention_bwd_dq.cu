@@ -176,7 +176,7 @@ struct QueryGradients {
     const auto of_rows = [&](int) {
       return [&](int i, int j) -> const Terms& { return terms[i][j / 2]; };
     };
-    const auto add = [&](int i, int j, float weight, float ds, int query, int key) {
+    const auto add = [&](int i, int, int j, float weight, float ds, int query, int key) {
       if constexpr (GIVES == Gives::terms) {
         sum[i][j / 2] += ds, weights[i][j / 2] += weight;
       } else if constexpr (!Policy::FOLD) {
@@ -261,6 +261,7 @@ struct QueryGradients {
         if (at < place.count && threadIdx.x % 4 == 0) p.d_slopes[rows + at] = all;
       });
     }
+    __syncwarp();  // all lanes have read the queries
     const int row0 = threadIdx.x / 32 * WARP_M;
 #pragma unroll
     for (int i = 0; i < MT; ++i) {

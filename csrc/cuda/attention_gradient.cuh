@@ -106,7 +106,7 @@ struct PlainPairs {
   DEVICE PlainPairs(const AttentionCall&, const Band& band, int, int) : band(band) {}
 
   /// s: from q·k to weights; dp: from do·v to gradients of q·k. EDGE: some pair is not seen.
-  /// terms(part)(i, j) are those of an element's query. each(i, j, p, ds, m, n) is told of all.
+  /// terms(part)(i, j) are those of an element's query. each(i, part, j, p, ds, m, n) is told of all.
   template <bool BY_KEY, bool EDGE, bool REST, int MT, int PARTS, class TermsOf, class Each>
   DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4],
                         const AttentionCall& p, const Pairs<BY_KEY>& pairs, const TermsOf& terms,
@@ -129,7 +129,7 @@ struct PlainPairs {
           x = exp2_approx(REST ? y - t.rest : y);
           dx = x * (dx - t.delta);
           if (!seen) x = dx = 0.0f;
-          each(i, j, x, dx, pairs.query(i, part, j), pairs.key(i, part, j));
+          each(i, part, j, x, dx, pairs.query(i, part, j), pairs.key(i, part, j));
         }
       }
     }
@@ -172,7 +172,7 @@ struct OptionPairs {
           if (!seen) weight = 0.0f;
           const float dy = factor == 0.0f ? 0.0f : dx * factor;
           dx = seen ? weight * (dy - t.delta) : 0.0f;
-          each(i, j, weight, dx, pairs.query(i, part, j), pairs.key(i, part, j));
+          each(i, part, j, weight, dx, pairs.query(i, part, j), pairs.key(i, part, j));
           x = factor == 0.0f ? 0.0f : weight * factor;
           dx = seen ? dx * slopes_of_cap[i][part][j] : 0.0f;
         }
@@ -244,7 +244,7 @@ struct OptionPairs {
 
 /// For kernels that need to be told of nothing.
 struct Nothing {
-  DEVICE void operator()(int, int, float, float, int, int) const {}
+  DEVICE void operator()(int, int, int, float, float, int, int) const {}
 };
 
 }  // namespace pyfuse::cuda

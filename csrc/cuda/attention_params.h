@@ -59,11 +59,13 @@ struct AttentionGradient : AttentionCall {
   RowTerms terms;
   float factor;  // d(score) / d(q·k)
 
-  // The mask's gradient, [b, h, m, n]: of rows or columns that share their element there is one.
+  // The mask's gradient [b, h, m, n], each element of which is shared by so many sequences and
+  // heads, and, where they are not `apart`, by all rows or columns.
   void* d_mask;
-  int64_t dmask_stride[4];
-  int32_t shared_batches, shared_heads;  // how many of each an element sums over
+  int32_t dmask_kind;  // of DType
+  int32_t sharing_batches, sharing_heads;
   bool rows_apart, columns_apart;
+  int64_t dmask_stride[4];
 };
 
 }  // namespace pyfuse::cuda

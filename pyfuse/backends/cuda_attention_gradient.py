@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyfuse.backends import cuda_attention as forward
 from pyfuse.backends import cuda_device
-from pyfuse.backends.cuda_device import address
+from pyfuse.backends.cuda_device import DTYPE, address
 from pyfuse.backends.gpu_attention import (
+    MaskSums,
     dense_like,
     empty_like_q,
     per_head,
@@ -103,6 +104,8 @@ def _gradients(
         result["alibi_slopes"] = per_head(slopes, options["alibi_slopes"])
     if "sinks" in needs:
         result["sinks"] = sink_gradient(options["sinks"], run.lse, run.delta)
+    if "mask" in needs:
+        result["mask"] = run.dmask(options["mask"])
     return {name: result[name] for name in needs}
 
 
@@ -150,6 +153,20 @@ class _Backward:
         dq = self.grads[0]
         self._call("attention_dq", (dq.data_ptr(), strides(dq), address(slopes)), (dq, slopes))
         return dq
+
+    def dmask(self, mask: Tensor) -> Tensor:
+        batch, heads, m = self.q.shape[:3]
+        sums = MaskSums.of(mask, batch, heads, m, self.k.shape[2])
+        result = torch.empty(sums.sizes, dtype=sums.dtype, device=mask.device)
+        arguments = (
+            result.data_ptr(),
+            DTYPE[sums.dtype],
+            *sums.sharing,
+            *sums.apart,
+            result.stride(),
+        )
+        self._call("attention_dmask", arguments, (result,))
+        return sums.finish(result, mask)
 
     def _call(
         self, name: str, arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,32 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """d lse / d sink is the weight of the sink, which has no value: its dp is 0."""
     weight = (sinks.float()[:, None] - lse).exp_()
     return per_head(weight.mul_(delta).neg_(), sinks)
+
+
+class MaskSums(NamedTuple):
+    """What a kernel sums up of a mask's gradient, which leaves no number to two programs.
+
+    Where rows or columns are shared, what each head gives is summed apart: few numbers, many programs.
+    """
+
+    sizes: tuple[int, ...]  # of what it gives
+    dtype: torch.dtype
+    sharing: tuple[int, int]  # how many sequences and heads one element is the sum of
+    apart: tuple[bool, bool]  # whether rows and columns have their own elements
+
+    @classmethod
+    def of(cls, mask: Tensor, batch: int, heads: int, m: int, n: int) -> MaskSums:
+        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+        apart = shape[2] == m, shape[3] == n
+        if all(apart):
+            return cls(shape, mask.dtype, (batch // shape[0], heads // shape[1]), apart)
+        return cls((batch, heads, *shape[2:]), torch.float32, (1, 1), apart)
+
+    def finish(self, sums: Tensor, mask: Tensor) -> Tensor:
+        """The gradient of the mask, from what the kernel gave."""
+        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
+        shared = [i for i in (0, 1) if shape[i] == 1 and self.sizes[i] > 1]
+        return (sums.sum(shared) if shared else sums).to(mask.dtype).view(mask.shape)
 
 
 def without_pairs(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyfuse.backends import triton_attention as forward
 from pyfuse.backends.gpu_attention import (
+    MaskSums,
     dense_like,
     empty_like_q,
     only_scaled,
@@ -218,15 +219,10 @@ class _Backward:
         )  # fmt: skip
 
     def dmask(self, mask: Tensor) -> Tensor:
-        """Where rows or columns are shared, what each head gives is summed apart: few numbers, many programs."""
         call = self.call
-        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-        own_rows, own_cols = shape[2] == call.m, shape[3] == call.n
-        whole = own_rows and own_cols
-        batches, heads = (call.batch // shape[0], call.heads // shape[1]) if whole else (1, 1)
-        sizes = shape if whole else (call.batch, call.heads, *shape[2:])
-        dtype = mask.dtype if whole else torch.float32
-        result = torch.empty(sizes, dtype=dtype, device=mask.device)
+        sums = MaskSums.of(mask, call.batch, call.heads, call.m, call.n)
+        (batches, heads), (own_rows, own_cols) = sums.sharing, sums.apart
+        result = torch.empty(sums.sizes, dtype=sums.dtype, device=mask.device)
         largest = max(call.kind.d, call.kind.dv)
         tiles = kernels("configs").shipped("dmask", largest, self.size, call.arch, True)
         args = (
@@ -242,7 +238,4 @@ class _Backward:
         kernel = kernels("flash_bwd_mask").flash_bwd_dmask_kernel
         programs = blocks * (call.batch // batches) * (call.heads // heads)
         call.device.launch(kernel, (programs,), args, options)
-        if not whole:
-            shared = [i for i in (0, 1) if shape[i] == 1 and sizes[i] > 1]
-            result = (result.sum(shared, keepdim=True) if shared else result).to(mask.dtype)
-        return result.view(mask.shape)
+        return sums.finish(result, mask)
