@@ -21,7 +21,7 @@ Tiles key_tiles(DType dtype, int d, bool plain) {
   const int stages = !half && d == 256 ? 1 : 2;
   const int rows = 16 * parts * key_warps;
   const int tiles = 2 * (rows + stages * block_m) * d * size_of(dtype);
-  return {rows, key_warps * split, tiles + stages * 3 * block_m * 4};
+  return {rows, key_warps * split, tiles + stages * 3 * block_m * 4 + 128};
 }
 
 // As attention_bwd_dq.cu has them; rows are queries.
@@ -30,7 +30,7 @@ Tiles query_tiles(DType dtype, int d, bool plain) {
   const int warps = !half && d == 256 ? 2 : 4;
   const int rows = 16 * (plain && half && d <= 128 ? 2 : 1) * warps;
   const int block_n = !half && d == 256 ? 16 : 32;
-  return {rows, warps, 2 * (rows + block_n) * d * size_of(dtype)};
+  return {rows, warps, 2 * (rows + block_n) * d * size_of(dtype) + 128 + rows * 12};
 }
 
 // As attention_bwd_dmask.cu has them; rows are queries, and columns keys.

@@ -1,10 +1,11 @@
 // dk and dv of attention's backward on mma.sync, for sm_80 and later.   (Dao, arXiv:2307.08691, §3)
 //
-//   dv[n] = sum_m p[m, n] do[m];   dk[n] = factor sum_m ds[m, n] q[m];   p, ds: attention_gradient.cuh
+//   dv[n] = sum_m p[m, n] do[m];   dk[n] = factor sum_m ds[m, n] q[m];   p, ds:
+//   attention_gradient.cuh
 //
 // A block owns keys of one head: over all query heads of its group and all queries that see them.
-// Scores are computed as [keys, queries], which leaves p and ds in registers as the left operands of
-// the two sums. K and V stay in shared memory; tiles of queries and of do stream by, the next of
+// Scores are computed as [keys, queries], which leaves p and ds in registers as the left operands
+// of the two sums. K and V stay in shared memory; tiles of queries and of do stream by, the next of
 // them on its way while one is worked on. Nothing is added up by two blocks: no atomics, the same
 // bits in every run.
 //
@@ -18,7 +19,8 @@ namespace {
 
 /// KEY_WARPS warps have 16 MT keys each; SPLIT times as many share a head's columns of dk and dv,
 /// where registers hold no more.
-template <typename T, int D, int MT, int KEY_WARPS, int SPLIT, int BLOCK_M, int STAGES, class Policy>
+template <typename T, int D, int MT, int KEY_WARPS, int SPLIT, int BLOCK_M, int STAGES,
+          class Policy>
 struct KeyGradients {
   static constexpr int WARPS = KEY_WARPS * SPLIT, THREADS = 32 * WARPS;
   static constexpr int WARP_N = 16 * MT, BLOCK_N = WARP_N * KEY_WARPS;
@@ -31,35 +33,48 @@ struct KeyGradients {
   static constexpr int KEYS = 0, VALUES = Keys::BYTES, QUERIES = 2 * Keys::BYTES;
   static constexpr int GRADS = Queries::BYTES, STAGE = 2 * Queries::BYTES;
   static constexpr int TERMS = QUERIES + STAGES * STAGE, STAGE_TERMS = 3 * BLOCK_M * 4;
+  static constexpr int WORK = TERMS + STAGES * STAGE_TERMS;
   static_assert(SPLIT == 1 || Keys::PANELS % SPLIT == 0);
+
+  /// What the block works on, in shared memory: registers are scarce, and this is seldom looked at.
+  struct Work {
+    Place place;
+    Band band;
+    KeyTiles tiles;  // of queries
+  };
 
   const AttentionGradient& p;
   char* const shared;
+  const Work& work;
   const uint32_t base;
   const uint32_t lane, row_lane, own_lane;  // lane_address, _of_rows, and of this warp's keys
   const int key_warp, columns;              // and where in a row this warp's part of dk starts
-  int h, n0, n;                             // h: of keys; n: this lane's first key
-  Place place;
-  Band band;
-  KeyTiles tiles;
 
   float dk[MT][OUT][4] = {}, dv[MT][OUT][4] = {};
 
   DEVICE KeyGradients(const AttentionGradient& p, char* shared)
       : p(p),
         shared(shared),
+        work(*reinterpret_cast<const Work*>(shared + WORK)),
         base(shared_address(shared)),
         lane(lane_address<Keys>(base)),
         row_lane(lane_address_of_rows<Keys>(base)),
         own_lane(lane + threadIdx.x / 32 % KEY_WARPS * WARP_N * Keys::ROW),
         key_warp(threadIdx.x / 32 % KEY_WARPS),
-        columns(threadIdx.x / 32 / KEY_WARPS * (Keys::PANELS / SPLIT)) {
-    place = place_of<BLOCK_N>(p, true, blockIdx.x, (p.N + BLOCK_N - 1) / BLOCK_N);
-    h = blockIdx.y;
-    n0 = place.block * BLOCK_N;
-    n = n0 + key_warp * WARP_N + threadIdx.x % 32 / 4;
-    band = band_of(p, place.b, place.others, place.count);
-    tiles = query_tiles<BLOCK_M>(band, n0, BLOCK_N, p.mask != nullptr);
+        columns(threadIdx.x / 32 / KEY_WARPS * (Keys::PANELS / SPLIT)) {}
+
+  /// Find this block's work; false if there is none.
+  DEVICE bool begin() const {
+    const Place place = place_of<BLOCK_N>(p, true, blockIdx.x, (p.N + BLOCK_N - 1) / BLOCK_N);
+    const int n0 = place.block * BLOCK_N;
+    if (place.nothing || n0 >= place.count) return false;
+    if (threadIdx.x == 0) {
+      const Band band = band_of(p, place.b, place.others, place.count);
+      *reinterpret_cast<Work*>(shared + WORK) = {
+          place, band, query_tiles<BLOCK_M>(band, n0, BLOCK_N, p.mask != nullptr)};
+    }
+    __syncthreads();
+    return true;
   }
 
   /// Start copying `ROWS` rows at `from` into a tile.
@@ -76,7 +91,8 @@ struct KeyGradients {
   }
 
   DEVICE void load_keys() {
-    const int inside = band.end - n0;
+    const Place& place = work.place;
+    const int n0 = place.block * BLOCK_N, h = blockIdx.y, inside = work.band.end - n0;
     load<Keys, BLOCK_N, true>(KEYS, row_of<T>(p.k, p.k_stride, place.batch, h, place.row + n0),
                               p.k_stride[2], p.d, inside);
     load<Keys, BLOCK_N, true>(VALUES, row_of<T>(p.v, p.v_stride, place.batch, h, place.row + n0),
@@ -94,12 +110,14 @@ struct KeyGradients {
   /// Start copying the queries from m0 on of one of the group's heads, and what belongs to them.
   template <bool EDGE>
   DEVICE void load_queries(int stage, int head, int m0) const {
-    const int q_head = h * p.group + head, inside = band.M - m0;
+    const Place& place = work.place;
+    const int q_head = blockIdx.y * p.group + head, inside = work.band.M - m0;
     const int64_t row = place.other + m0;
     const int to = QUERIES + stage * STAGE;
     load<Queries, BLOCK_M, EDGE>(to, row_of<T>(p.q, p.q_stride, place.batch, q_head, row),
                                  p.q_stride[2], p.d, inside);
-    load<Queries, BLOCK_M, EDGE>(to + GRADS, row_of<T>(p.d_o, p.do_stride, place.batch, q_head, row),
+    load<Queries, BLOCK_M, EDGE>(to + GRADS,
+                                 row_of<T>(p.d_o, p.do_stride, place.batch, q_head, row),
                                  p.do_stride[2], p.dv, inside);
     const int64_t first = place.batch * p.terms.stride[0] + q_head * p.terms.stride[1] + row;
     const int i = threadIdx.x % BLOCK_M;
@@ -114,17 +132,21 @@ struct KeyGradients {
     cp_async_commit();
   }
 
-  /// Add what the tile of queries in this stage gives.
+  /// Add what the tile of queries in this stage gives. EDGE and edge: some query does not see some
+  /// key.
   template <bool EDGE>
-  DEVICE void step(int stage, int head, int m0) {
+  DEVICE void step(int stage, int head, int m0, bool edge) {
     const int at = stage * STAGE;
     float s[MT][PARTS][4] = {}, dp[MT][PARTS][4] = {};
     multiply(s, KEYS, row_lane + at, QUERIES);
     multiply(dp, VALUES, row_lane + at, QUERIES + GRADS);
     const auto terms = [&](int part) { return terms_of(stage, part); };
+    const int n0 = work.place.block * BLOCK_N;
+    const int n = n0 + key_warp * WARP_N + threadIdx.x % 32 / 4;
     const Pairs<true> pairs{n, m0 + static_cast<int>(threadIdx.x % 4 * 2)};
-    Policy(p, band, place.b, h * p.group + head)
-        .template gradients<true, EDGE, sizeof(T) == 4>(s, dp, p, pairs, terms, 0, n0, Nothing());
+    Policy(p, work.band, work.place.b, blockIdx.y * p.group + head)
+        .template gradients<true, EDGE, sizeof(T) == 4>(s, dp, p, pairs, terms, edge, 0, n0,
+                                                        Nothing());
     weigh(dv, s, at, QUERIES + GRADS);
     weigh(dk, dp, at, QUERIES);
   }
@@ -177,6 +199,7 @@ struct KeyGradients {
   /// All tiles of one kind, the first of which is on its way; `then` loads what comes after them.
   template <bool EDGE, class Then>
   DEVICE void fold(int first, int count, int& stage, const Then& then) {
+    const KeyTiles& tiles = work.tiles;
     const auto start = [&](const At& at) { return tiles.start<BLOCK_M>(first + at.tile); };
     At at{0, 0};
     for (int left = count * p.group; left > 0; --left) {
@@ -192,7 +215,7 @@ struct KeyGradients {
       cp_async_wait<0>();
       __syncthreads();  // the tile is there for all, and nobody reads the one before
       if constexpr (STAGES > 1) load_next(stage ^ 1);
-      step<EDGE>(stage, at.head, start(at));
+      step<EDGE>(stage, at.head, start(at), first + at.tile < tiles.edges);
       if constexpr (STAGES == 1) {
         __syncthreads();
         load_next(0);
@@ -204,16 +227,21 @@ struct KeyGradients {
   }
 
   DEVICE void run() {
-    if (place.nothing || n0 >= place.count) return;
+    if (!begin()) return;
+    const KeyTiles& tiles = work.tiles;
     if (tiles.tiles > 0) {
       load_keys();
       const int edges = tiles.edges, inside = tiles.tiles - edges;
       load_queries<true>(0, 0, tiles.start<BLOCK_M>(0));
       int stage = 0;
-      fold<true>(0, edges, stage, [&](int to) {
-        if (inside > 0) load_queries<false>(to, 0, tiles.start<BLOCK_M>(edges));
-      });
-      fold<false>(edges, inside, stage, [](int) {});
+      if constexpr (Policy::FOLD) {
+        fold<true>(0, edges, stage, [&](int to) {
+          if (inside > 0) load_queries<false>(to, 0, tiles.start<BLOCK_M>(edges));
+        });
+        fold<false>(edges, inside, stage, [](int) {});
+      } else {
+        fold<true>(0, tiles.tiles, stage, [](int) {});
+      }
       __syncthreads();
     }
     store(KEYS, dk, p.factor, p.d_k, p.dk_stride, p.d);
@@ -233,6 +261,8 @@ struct KeyGradients {
                              c[i]);
     }
     __syncthreads();
+    const Place& place = work.place;
+    const int n0 = place.block * BLOCK_N, h = blockIdx.y;
     constexpr int ROWS = BLOCK_N / WARPS;
     const int row0 = threadIdx.x / 32 * ROWS;
     T* rows = static_cast<T*>(to) + place.batch * stride[0] + h * stride[1] +
@@ -263,13 +293,13 @@ DEVICE void run(const AttentionGradient& p) {
 
 /// Aligned rows and nothing between product and softmax but a scale. Grid: blocks of keys, heads of
 /// keys.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dkdv(const __grid_constant__ AttentionGradient p) {
   run<MT, PlainPairs>(p);
 }
 
 /// Everything else; 16 keys to a warp.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dkdv_options(const __grid_constant__ AttentionGradient p) {
   run<1, OptionPairs>(p);
 }

@@ -3,8 +3,8 @@
 //
 // A block owns one tile of the mask, and all that shares it: sequences, heads, and, where rows or
 // columns are not apart, these. It takes both products of each once more rather than memory for ds
-// [B, Hq, M, N], and sums in one order. As in attention_bwd_dq.cu, q and k are on their way while do
-// is multiplied with v, and the next do and v thereafter.
+// [B, Hq, M, N], and sums in one order. As in attention_bwd_dq.cu, q and k are on their way while
+// do is multiplied with v, and the next do and v thereafter.
 //
 // Compiled once for each ELEMENT (f32, bf16, f16) and HEAD_SIZE, the largest that D and Dv may
 // have: columns beyond them are zeros.
@@ -28,13 +28,13 @@ struct MaskGradient {
   using Keys = Tile<T, D, BLOCK_N>;
   static constexpr int QUERIES = 0, GRADS = Queries::BYTES, KEYS = 2 * Queries::BYTES;
   static constexpr int VALUES = KEYS + Keys::BYTES;  // where they start in shared memory
-  static constexpr int TOTAL_ROW = BLOCK_N + 8;      // of the sums there in the end, without conflicts
+  static constexpr int TOTAL_ROW = BLOCK_N + 8;  // of the sums there in the end, without conflicts
 
   const AttentionGradient& p;
   char* const shared;
   const uint32_t base, row_lane, own_lane;
-  const int row0;  // this lane's first row of a tile
-  int b0, h0;      // the first of the sequences and heads that share the tile
+  const int row0;      // this lane's first row of a tile
+  int b0, h0;          // the first of the sequences and heads that share the tile
   int m0, m1, n0, n1;  // the rows and columns that it owns
   float total[PARTS][4] = {};
 
@@ -173,7 +173,7 @@ struct MaskGradient {
     const Band band = band_of(p, at.b, p.M, p.N);
     const Pairs<false> pairs{at.m + row0, at.n + static_cast<int>(threadIdx.x % 4 * 2)};
     OptionPairs(p, band, at.b, at.h)
-        .gradients<false, true, true>(s, dp, p, pairs, of_rows, 0, at.n, add);
+        .gradients<false, true, true>(s, dp, p, pairs, of_rows, true, 0, at.n, add);
   }
 
   /// Write the sums by way of shared memory, where those of rows and columns that are not apart are
@@ -191,9 +191,9 @@ struct MaskGradient {
     __syncthreads();
     const int rows = p.rows_apart ? m1 - m0 : 1, columns = p.columns_apart ? n1 - n0 : 1;
     const int sum_rows = p.rows_apart ? 1 : BLOCK_M, sum_columns = p.columns_apart ? 1 : BLOCK_N;
-    const int64_t start =
-        b0 / p.sharing_batches * p.dmask_stride[0] + blockIdx.y * p.dmask_stride[1] +
-        (p.rows_apart ? m0 : 0) * p.dmask_stride[2] + (p.columns_apart ? n0 : 0);
+    const int64_t start = b0 / p.sharing_batches * p.dmask_stride[0] +
+                          blockIdx.y * p.dmask_stride[1] +
+                          (p.rows_apart ? m0 : 0) * p.dmask_stride[2] + (p.columns_apart ? n0 : 0);
     for (int i = threadIdx.x; i < rows * columns; i += THREADS) {
       const int m = i / columns, n = i % columns;
       float sum = 0.0f;
@@ -221,7 +221,7 @@ struct MaskGradient {
 }  // namespace
 
 /// Grid: tiles of the mask and sequences that do not share it, heads that do not.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dmask(const __grid_constant__ AttentionGradient p) {
   extern __shared__ __align__(1024) char shared[];
   MaskGradient<ELEMENT, HEAD_SIZE>(p, shared).run();

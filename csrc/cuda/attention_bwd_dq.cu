@@ -31,60 +31,82 @@ struct QueryGradients {
   static constexpr int STEPS = D * sizeof(T) / 32;
   static constexpr int QUERIES = 0, GRADS = Queries::BYTES, KEYS = 2 * Queries::BYTES;
   static constexpr int VALUES = KEYS + Keys::BYTES;  // where they start in shared memory
+  static constexpr int WORK = VALUES + Keys::BYTES, TERMS = WORK + 128;
   // Of larger heads q and do are read again for every tile: registers are too few to keep them.
   static constexpr bool KEEP = sizeof(T) == 2 && MT * D <= 128 && Policy::FOLD;
 
+  /// What the block works on, in shared memory: registers are scarce, and this is seldom looked at.
+  struct Work {
+    Place place;
+    Band band;
+    KeyTiles tiles;
+  };
+
   const AttentionGradient& p;
   char* const shared;
+  const Work& work;
   const uint32_t base;
   const uint32_t lane, row_lane, own_lane;  // lane_address, _of_rows, and of this warp's queries
   int h, m0, m;                             // m: this lane's first row
-  Place place;
-  Band band;
-  const char *k, *v;     // this thread's part of the first key and value
-  int64_t k_row, v_row;  // bytes between rows
-  int64_t rows;          // where the block's queries are among the terms
+  const char *k, *v;                        // this thread's part of the first key and value
+  int64_t k_row, v_row;                     // bytes between rows
+  int64_t rows;                             // where the block's queries are among the terms
   Operand<T> kept_queries[KEEP ? STEPS : 1][MT], kept_grads[KEEP ? STEPS : 1][MT];
 
-  Terms terms[MT][2];
   float dq[MT][OUT][4] = {};
   float sum[MT][2] = {}, weights[MT][2] = {};
 
   DEVICE QueryGradients(const AttentionGradient& p, char* shared)
       : p(p),
         shared(shared),
+        work(*reinterpret_cast<const Work*>(shared + WORK)),
         base(shared_address(shared)),
         lane(lane_address<Keys>(base)),
         row_lane(lane_address_of_rows<Keys>(base)),
-        own_lane(lane + threadIdx.x / 32 * WARP_M * Queries::ROW) {
+        own_lane(lane + threadIdx.x / 32 * WARP_M * Queries::ROW) {}
+
+  /// Find this block's work and start loading what is its own; false if there is none.
+  DEVICE bool begin() {
     const int blocks = (p.M + BLOCK_M - 1) / BLOCK_M;
     // Where causal, the blocks that see most keys first.
     const int x = static_cast<int>(blockIdx.x);
     const int index = p.cu_q.data != nullptr ? x : x / blocks * blocks + (blocks - 1 - x % blocks);
-    place = place_of<BLOCK_M>(p, false, index, blocks);
+    const Place place = place_of<BLOCK_M>(p, false, index, blocks);
     h = blockIdx.y;
     m0 = place.block * BLOCK_M;
+    if (place.nothing || m0 >= place.count) return false;
     m = m0 + threadIdx.x / 32 * WARP_M + threadIdx.x % 32 / 4;
-    band = band_of(p, place.b, place.count, place.others);
+    const Band band = band_of(p, place.b, place.count, place.others);
     k_row = p.k_stride[2] * int64_t(sizeof(T)), v_row = p.v_stride[2] * int64_t(sizeof(T));
     k = Copy::part(row_of<T>(p.k, p.k_stride, place.batch, h / p.group, place.other), k_row);
     v = Copy::part(row_of<T>(p.v, p.v_stride, place.batch, h / p.group, place.other), v_row);
     rows = place.batch * p.terms.stride[0] + h * p.terms.stride[1] + place.row;
+    load_own(place, QUERIES, p.q, p.q_stride, p.d);
+    load_own(place, GRADS, p.d_o, p.do_stride, p.dv);
+    cp_async_commit();
+    load_terms(place.count);
+    if (threadIdx.x == 0) {
+      const auto tiles = KeyTiles::of<BLOCK_N>(band, m0, BLOCK_M, p.mask != nullptr);
+      *reinterpret_cast<Work*>(shared + WORK) = {place, band, tiles};
+    }
+    __syncthreads();
+    return true;
   }
 
   /// Start copying rows of K or V, at this thread's part of key n's on, into their tile.
   template <bool EDGE>
   DEVICE void load(int tile, const char* from, int64_t row, int d, int n) const {
     if (Policy::FOLD || p.aligned) {
-      Copy::template start<BLOCK_N, EDGE>(base + tile, from, row, d * sizeof(T), band.end - n);
+      Copy::template start<BLOCK_N, EDGE>(base + tile, from, row, d * sizeof(T), work.band.end - n);
     } else {
-      Copy::template copy<T, BLOCK_N>(shared + tile, from, row, d, band.end - n);
+      Copy::template copy<T, BLOCK_N>(shared + tile, from, row, d, work.band.end - n);
     }
     cp_async_commit();
   }
 
   /// Start copying the block's rows of q or do.
-  DEVICE void load_own(int tile, const void* x, const int64_t (&stride)[3], int d) {
+  DEVICE void load_own(const Place& place, int tile, const void* x, const int64_t (&stride)[3],
+                       int d) {
     using Copy = Copier<Queries, THREADS>;
     const char* from = row_of<T>(x, stride, place.batch, h, place.row + m0);
     const int64_t row = stride[2] * int64_t(sizeof(T));
@@ -101,21 +123,30 @@ struct QueryGradients {
         shared + (tile == QUERIES ? KEYS : VALUES), d);
   }
 
-  DEVICE void load_terms() {
-    each_row([&](int i, int row, int at) {
+  /// The terms of the block's rows, one after the other of all; of rows beyond the last those of a
+  /// query that sees nothing.
+  DEVICE void load_terms(int count) const {
+    auto* const to = reinterpret_cast<float*>(shared + TERMS);
+    for (int i = threadIdx.x; i < BLOCK_M; i += THREADS) {
       Terms t{INFINITY, 0.0f, 0.0f};
-      if (at < place.count) {
+      const int64_t at = rows + m0 + i;
+      if (m0 + i < count) {
         if constexpr (GIVES == Gives::terms) {
-          const float lse = p.terms.lse[rows + at];
+          const float lse = p.terms.lse[at];
           if (lse != -INFINITY) t.lse2 = lse * LOG2E;
         } else {
-          t = {p.terms.lse2[rows + at], 0.0f, p.terms.delta[rows + at]};
-          if ((sizeof(T) == 4 || !Policy::FOLD) && p.terms.rest != nullptr)
-            t.rest = p.terms.rest[rows + at];
+          t = {p.terms.lse2[at], p.terms.rest == nullptr ? 0.0f : p.terms.rest[at],
+               p.terms.delta[at]};
         }
       }
-      terms[i][row] = t;
-    });
+      to[i] = t.lse2, to[BLOCK_M + i] = t.delta, to[2 * BLOCK_M + i] = t.rest;
+    }
+  }
+
+  /// Those of one of this lane's rows.
+  DEVICE Terms terms_of(int i, int row) const {
+    const auto* from = reinterpret_cast<const float*>(shared + TERMS) + m - m0 + 16 * i + 8 * row;
+    return {from[0], sizeof(T) == 4 || !Policy::FOLD ? from[2 * BLOCK_M] : 0.0f, from[BLOCK_M]};
   }
 
   /// f(i, row, m) for each of a lane's rows.
@@ -146,9 +177,10 @@ struct QueryGradients {
   }
 
   /// Add what the tile of keys at n gives; its values are there. k_next, v_next: this thread's part
-  /// of the next tile's, at n_next, or null after the last. EDGE: some query does not see some key.
+  /// of the next tile's, at n_next, or null after the last. EDGE and edge: some query does not see
+  /// some key.
   template <bool EDGE>
-  DEVICE void step(int n, const char* k_next, const char* v_next, int n_next) {
+  DEVICE void step(int n, const char* k_next, const char* v_next, int n_next, bool edge) {
     float s[MT][PARTS][4] = {}, dp[MT][PARTS][4] = {};
     multiply(dp, kept_grads, GRADS, VALUES);
     cp_async_wait<0>();
@@ -156,8 +188,10 @@ struct QueryGradients {
     if (v_next != nullptr) load<EDGE>(VALUES, v_next, v_row, p.dv, n_next);
     multiply(s, kept_queries, QUERIES, KEYS);
     uint64_t spoilt = 0;
-    if constexpr (EDGE && GIVES == Gives::dq) spoilt = spoilt_rows<T, Keys, BLOCK_N>(base + KEYS);
-    gradients<EDGE>(s, dp, n, spoilt);
+    if constexpr (EDGE && GIVES == Gives::dq) {
+      if (edge) spoilt = spoilt_rows<T, Keys, BLOCK_N>(base + KEYS);
+    }
+    gradients<EDGE>(s, dp, n, edge, spoilt);
     if constexpr (GIVES == Gives::dq) {
       if constexpr (EDGE) {
         weigh(dp, KeptRows{~spoilt});
@@ -171,8 +205,10 @@ struct QueryGradients {
   }
 
   template <bool EDGE>
-  DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4], int n,
+  DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4], int n, bool edge,
                         uint64_t spoilt) {
+    Terms terms[MT][2];
+    each_row([&](int i, int row, int) { terms[i][row] = terms_of(i, row); });
     const auto of_rows = [&](int) {
       return [&](int i, int j) -> const Terms& { return terms[i][j / 2]; };
     };
@@ -180,12 +216,13 @@ struct QueryGradients {
       if constexpr (GIVES == Gives::terms) {
         sum[i][j / 2] += ds, weights[i][j / 2] += weight;
       } else if constexpr (!Policy::FOLD) {
-        sum[i][j / 2] -= ds * fabsf(float(band.place(query) - key));
+        sum[i][j / 2] -= ds * fabsf(float(work.band.place(query) - key));
       }
     };
     const Pairs<false> pairs{m, n + static_cast<int>(threadIdx.x % 4 * 2)};
-    Policy(p, band, place.b, h)
-        .template gradients<false, EDGE, sizeof(T) == 4>(s, dp, p, pairs, of_rows, spoilt, n, add);
+    Policy(p, work.band, work.place.b, h)
+        .template gradients<false, EDGE, sizeof(T) == 4>(s, dp, p, pairs, of_rows, edge, spoilt, n,
+                                                         add);
   }
 
   template <class Kept>
@@ -198,14 +235,10 @@ struct QueryGradients {
   }
 
   DEVICE void run() {
-    if (place.nothing || m0 >= place.count) return;
-    const auto tiles = KeyTiles::of<BLOCK_N>(band, m0, BLOCK_M, p.mask != nullptr);
-    load_own(QUERIES, p.q, p.q_stride, p.d);
-    load_own(GRADS, p.d_o, p.do_stride, p.dv);
-    load_terms();
+    if (!begin()) return;
+    const KeyTiles& tiles = work.tiles;
     int n = tiles.start<BLOCK_N>(0);
     if (tiles.tiles > 0) load<true>(VALUES, v + n * v_row, v_row, p.dv, n);
-    cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
     if (tiles.tiles > 0) load<true>(KEYS, k + n * k_row, k_row, p.d, n);
@@ -217,17 +250,22 @@ struct QueryGradients {
         kept_grads[i / MT][i % MT] = left_operand<T, Queries>(own_lane, GRADS + offset, i / MT);
       }
     }
-    int left = tiles.tiles - tiles.edges;
-    for (int i = 0; i < tiles.edges; ++i) {
+    // With options, tiles that are not edges go by the same code.
+    const int checked = Policy::FOLD ? tiles.edges : tiles.tiles;
+    for (int i = 0; i < checked; ++i) {
       const int next = tiles.start<BLOCK_N>(i + 1);
-      const bool any = i + 1 < tiles.edges || left > 0;
-      step<true>(n, any ? k + next * k_row : nullptr, any ? v + next * v_row : nullptr, next);
+      const bool any = i + 1 < tiles.tiles;
+      step<true>(n, any ? k + next * k_row : nullptr, any ? v + next * v_row : nullptr, next,
+                 i < tiles.edges);
       n = next;
     }
-    const int64_t k_step = BLOCK_N * k_row, v_step = BLOCK_N * v_row;
-    const char *k_next = k + n * k_row + k_step, *v_next = v + n * v_row + v_step;
-    for (; left > 0; --left, k_next += k_step, v_next += v_step, n += BLOCK_N)
-      step<false>(n, left > 1 ? k_next : nullptr, left > 1 ? v_next : nullptr, 0);
+    if constexpr (Policy::FOLD) {
+      const int64_t k_step = BLOCK_N * k_row, v_step = BLOCK_N * v_row;
+      const char *k_next = k + n * k_row + k_step, *v_next = v + n * v_row + v_step;
+      int left = tiles.tiles - tiles.edges;
+      for (; left > 0; --left, k_next += k_step, v_next += v_step, n += BLOCK_N)
+        step<false>(n, left > 1 ? k_next : nullptr, left > 1 ? v_next : nullptr, 0, false);
+    }
     if constexpr (GIVES == Gives::terms) {
       store_terms();
     } else {
@@ -236,9 +274,10 @@ struct QueryGradients {
   }
 
   DEVICE void store_terms() {
+    const Place& place = work.place;
     const auto add = [](float x, float y) { return x + y; };
     each_row([&](int i, int row, int at) {
-      const float ds = over_row(sum[i][row], add), lse2 = terms[i][row].lse2;
+      const float ds = over_row(sum[i][row], add), lse2 = terms_of(i, row).lse2;
       float all = over_row(weights[i][row], add);
       if (p.sinks != nullptr) all += exp2_approx(fmaf(p.sinks[h], LOG2E, -lse2));
       if (at >= place.count || threadIdx.x % 4 != 0) return;
@@ -255,6 +294,8 @@ struct QueryGradients {
 
   /// Write dq by way of the queries' tile, of which each warp has its own rows: 16 bytes a lane.
   DEVICE void store() {
+    const Place& place = work.place;
+    const int m0 = place.block * BLOCK_M, h = blockIdx.y;
     if (!Policy::FOLD && p.d_slopes != nullptr) {
       each_row([&](int i, int row, int at) {
         const float all = over_row(sum[i][row], [](float x, float y) { return x + y; });
@@ -293,20 +334,21 @@ DEVICE void run(const AttentionGradient& p) {
 
 }  // namespace
 
-/// Aligned rows and nothing between product and softmax but a scale. Grid: blocks of queries, heads.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+/// Aligned rows and nothing between product and softmax but a scale. Grid: blocks of queries,
+/// heads.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     dq(const __grid_constant__ AttentionGradient p) {
   run<MT, PlainPairs, Gives::dq>(p);
 }
 
 /// Everything else; 16 queries to a warp.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     dq_options(const __grid_constant__ AttentionGradient p) {
   run<1, OptionPairs, Gives::dq>(p);
 }
 
 /// lse2, rest and delta, with any options; 16 queries to a warp.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
     terms(const __grid_constant__ AttentionGradient p) {
   run<1, OptionPairs, Gives::terms>(p);
 }

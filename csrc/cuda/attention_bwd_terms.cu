@@ -1,6 +1,7 @@
 // The terms of each row that attention's backward needs, from o and lse of its forward.
 //
-//   lse2 = lse log2(e);   delta = sum_d o do - dlse;   a query that saw no key: lse2 = inf, delta = 0
+//   lse2 = lse log2(e);   delta = sum_d o do - dlse;   a query that saw no key: lse2 = inf, delta =
+//   0
 //
 // A few lanes share a row and read 16 bytes of it at a time. Compiled for each ELEMENT: bf16, f16.
 #include "attention_gradient.cuh"
@@ -24,8 +25,8 @@ DEVICE float product_of_chunks(const ELEMENT* x, const ELEMENT* y) {
 
 }  // namespace
 
-/// Grid: blocks of rows of each sequence (of all of them where they are packed), heads. The lanes of
-/// a row are a power of 2, as many as a row has chunks if a warp has them.
+/// Grid: blocks of rows of each sequence (of all of them where they are packed), heads. The lanes
+/// of a row are a power of 2, as many as a row has chunks if a warp has them.
 extern "C" __global__ void __launch_bounds__(THREADS)
     row_terms(const __grid_constant__ AttentionGradient p) {
   const int chunks = (p.dv + PER_CHUNK - 1) / PER_CHUNK;

@@ -105,12 +105,13 @@ struct PlainPairs {
 
   DEVICE PlainPairs(const AttentionCall&, const Band& band, int, int) : band(band) {}
 
-  /// s: from q·k to weights; dp: from do·v to gradients of q·k. EDGE: some pair is not seen.
-  /// terms(part)(i, j) are those of an element's query. each(i, part, j, p, ds, m, n) is told of all.
+  /// s: from q·k to weights; dp: from do·v to gradients of q·k. EDGE and edge: some pair is not
+  /// seen. terms(part)(i, j) are those of an element's query. each(i, part, j, p, ds, m, n) is told
+  /// of all.
   template <bool BY_KEY, bool EDGE, bool REST, int MT, int PARTS, class TermsOf, class Each>
-  DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4],
-                        const AttentionCall& p, const Pairs<BY_KEY>& pairs, const TermsOf& terms,
-                        uint64_t spoilt, int n0, const Each& each) const {
+  DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4], const AttentionCall& p,
+                        const Pairs<BY_KEY>& pairs, const TermsOf& terms, bool, uint64_t spoilt,
+                        int n0, const Each& each) const {
     if constexpr (EDGE) {
       pairs.hide(s, band);
       pairs.spoil(s, spoilt, n0);
@@ -145,14 +146,15 @@ struct OptionPairs {
   DEVICE OptionPairs(const AttentionCall&, const Band& band, int b, int h)
       : band(band), b(b), h(h) {}
 
-  /// As above.
+  /// As above, but whether the tile is at an edge is looked at when running.
   template <bool BY_KEY, bool EDGE, bool REST, int MT, int PARTS, class TermsOf, class Each>
-  DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4],
-                        const AttentionCall& p, const Pairs<BY_KEY>& pairs, const TermsOf& terms,
+  DEVICE void gradients(float (&s)[MT][PARTS][4], float (&dp)[MT][PARTS][4], const AttentionCall& p,
+                        const Pairs<BY_KEY>& pairs, const TermsOf& terms, bool edge,
                         uint64_t spoilt, int n0, const Each& each) const {
+    static_assert(EDGE);
     float slopes_of_cap[MT][PARTS][4];
     scores(s, slopes_of_cap, p, pairs);
-    if constexpr (EDGE) {
+    if (edge) {
       pairs.hide(s, band);
       pairs.spoil(s, spoilt, n0);
     }
@@ -166,7 +168,7 @@ struct OptionPairs {
         for (int j = 0; j < 4; ++j) {
           float &x = s[i][part][j], &dx = dp[i][part][j];
           const Terms& t = of(i, j);
-          const bool seen = !EDGE || x != -INFINITY;
+          const bool seen = x != -INFINITY;
           const float factor = dropped >> bit<MT>(i, part, j) & 1 ? 0.0f : p.keep_scale;
           float weight = exp2_approx(x - t.lse2 - t.rest);
           if (!seen) weight = 0.0f;
@@ -223,9 +225,9 @@ struct OptionPairs {
   DEVICE uint64_t drop(const AttentionCall& p, const Pairs<BY_KEY>& pairs) const {
     static_assert(MT * PARTS <= 16);
     uint64_t dropped = 0;
-#pragma unroll
+#pragma unroll 1
     for (int part = 0; part < PARTS; ++part) {
-#pragma unroll
+#pragma unroll 1
       for (int i = 0; i < MT; ++i) {
         uint32_t words[4];
         const int row = pairs.row + 16 * i, column = pairs.column - threadIdx.x % 4 * 2 + 8 * part;

@@ -45,16 +45,16 @@ struct AttentionForward : AttentionCall {
 
 /// Of each query as floats [B, Hq, M] with unit stride in M, all laid out alike.
 struct RowTerms {
-  const float* lse;           // of the forward
+  const float* lse;            // of the forward
   float *lse2, *rest, *delta;  // as attention_gradient.cuh has them; rest may be null: zeros
-  int64_t stride[2];          // batch, head
+  int64_t stride[2];           // batch, head
 };
 
 struct AttentionGradient : AttentionCall {
-  const void *o, *d_o;  // [B, Hq, M, dv]
-  const float* d_lse;   // [B, Hq, M]; null: none
+  const void *o, *d_o;    // [B, Hq, M, dv]
+  const float* d_lse;     // [B, Hq, M]; null: none
   void *d_q, *d_k, *d_v;  // as q, k, v
-  float* d_slopes;      // each query's share, laid out as terms; null: not wanted
+  float* d_slopes;        // each query's share, laid out as terms; null: not wanted
   int64_t o_stride[3], do_stride[3], dlse_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
   RowTerms terms;
   float factor;  // d(score) / d(q·k)

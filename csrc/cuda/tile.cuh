@@ -117,8 +117,8 @@ DEVICE bool all_finite(uint4 x, fp16) {
   return finite(x.x) && finite(x.y) && finite(x.z) && finite(x.w);
 }
 
-/// Which of a tile's first ROWS rows (64 at most) are not all finite, bit n for row n: a factor of 0
-/// would not stop them. Each warp looks at all.
+/// Which of a tile's first ROWS rows (64 at most) are not all finite, bit n for row n: a factor of
+/// 0 would not stop them. Each warp looks at all.
 template <typename T, class Tile, int ROWS>
 DEVICE uint64_t spoilt_rows(uint32_t tile) {
   uint64_t spoilt = 0;

@@ -117,7 +117,8 @@ def call_arguments(
     slopes, sink = _floats(alibi_slopes), _floats(sinks)
     lengths, bounds_q, bounds_k = _dense(seqlens_k), _dense(cu_q), _dense(cu_k)
     factor, cap = score_factors(scale, softcap)
-    kind, mask_strides = 0, (0,) * 4
+    kind = 0
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask is not None:
         kind = -1 if mask.dtype == torch.bool else DTYPE[mask.dtype]
         mask_strides = mask.expand(batch, heads, m, n).stride()  # zero where broadcast
