@@ -49,7 +49,6 @@ struct KeyGradients {
   const uint32_t base;
   const uint32_t lane, row_lane, own_lane;  // lane_address, _of_rows, and of this warp's keys
   const int key_warp, columns;              // and where in a row this warp's part of dk starts
-
   float dk[MT][OUT][4] = {}, dv[MT][OUT][4] = {};
 
   DEVICE KeyGradients(const AttentionGradient& p, char* shared)
@@ -80,14 +79,8 @@ struct KeyGradients {
   /// Start copying `ROWS` rows at `from` into a tile.
   template <class Tile, int ROWS, bool EDGE>
   DEVICE void load(int tile, const char* from, int64_t stride, int d, int inside) const {
-    using Copy = Copier<Tile, THREADS>;
-    const int64_t row = stride * int64_t(sizeof(T));
-    if (Policy::FOLD || p.aligned) {
-      Copy::template start<ROWS, EDGE>(base + tile, Copy::part(from, row), row, d * sizeof(T),
-                                       inside);
-    } else {
-      Copy::template copy<T, ROWS>(shared + tile, Copy::part(from, row), row, d, inside);
-    }
+    load_rows<T, Tile, ROWS, THREADS, EDGE>(shared, tile, from, stride, d, inside,
+                                            Policy::FOLD || p.aligned);
   }
 
   DEVICE void load_keys() {

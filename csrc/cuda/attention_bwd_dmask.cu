@@ -91,14 +91,8 @@ struct MaskGradient {
   template <class Tile, int ROWS>
   DEVICE void load(int tile, const void* x, const int64_t (&stride)[3], int b, int h, int row,
                    int end, int d) const {
-    using Copy = Copier<Tile, THREADS>;
-    const int64_t bytes = stride[2] * int64_t(sizeof(T));
-    const char* from = Copy::part(row_of<T>(x, stride, b, h, row), bytes);
-    if (p.aligned) {
-      Copy::template start<ROWS, true>(base + tile, from, bytes, d * sizeof(T), end - row);
-    } else {
-      Copy::template copy<T, ROWS>(shared + tile, from, bytes, d, end - row);
-    }
+    load_rows<T, Tile, ROWS, THREADS, true>(shared, tile, row_of<T>(x, stride, b, h, row),
+                                            stride[2], d, end - row, p.aligned);
   }
 
   DEVICE void load_grads_and_values(const At& at) const {

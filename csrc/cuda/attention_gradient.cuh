@@ -12,6 +12,7 @@
 #pragma once
 
 #include "sequence.cuh"
+#include "tile.cuh"
 
 namespace pyfuse::cuda {
 
@@ -46,6 +47,22 @@ DEVICE KeyTiles query_tiles(const Band& band, int n0, int keys, bool all_edges) 
   t.edges = t.edges_before + max(high - c + BLOCK - 1, 0) / BLOCK;
   t.tiles = t.edges + (c - a) / BLOCK;
   return t;
+}
+
+/// Start copying ROWS rows of d elements at `from`, of which `inside` exist, to a tile `offset`
+/// bytes into shared memory. RAGGED: not all may exist.
+template <typename T, class Tile, int ROWS, int THREADS, bool RAGGED>
+DEVICE void load_rows(char* shared, int offset, const char* from, int64_t stride, int d, int inside,
+                      bool aligned) {
+  using Copy = Copier<Tile, THREADS>;
+  const int64_t row = stride * int64_t(sizeof(T));
+  from = Copy::part(from, row);
+  if (aligned) {
+    Copy::template start<ROWS, RAGGED>(shared_address(shared) + offset, from, row, d * sizeof(T),
+                                       inside);
+  } else {
+    Copy::template copy<T, ROWS>(shared + offset, from, row, d, inside);
+  }
 }
 
 /// Where a lane's elements of a tile are: those of its first row and first column, 16 rows and 8
