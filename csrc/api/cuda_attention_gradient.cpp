@@ -49,6 +49,7 @@ struct MaskTiles : Tiles {
 };
 
 // Whether kernels without options do: a scale below 0 is no different, as nothing takes a maximum.
+// (Those of half precision pass over a rest: it is far below what their products round.)
 bool is_plain_gradient(AttentionCall p) {
   p.scale = 1.0f;
   return is_plain(p);
@@ -110,7 +111,7 @@ void attention_dkdv(const py::tuple& gpu, const py::tuple& call) {
   p.d_k = from.address("dk"), from.integers(p.dk_stride);
   p.d_v = from.address("dv"), from.integers(p.dv_stride);
   const int d = head_size(p);
-  const bool plain = is_plain_gradient(p) && (size_of(dtype) == 4) == (p.terms.rest != nullptr);
+  const bool plain = is_plain_gradient(p);
   const Tiles tiles = key_tiles(dtype, d, plain);
   Launch launch;
   launch.unit = unit_name("attention_bwd_dkdv", dtype, d);
@@ -130,7 +131,7 @@ void attention_dq(const py::tuple& gpu, const py::tuple& call) {
   AttentionGradient p = read_gradient(from);
   p.d_q = from.address("dq"), from.integers(p.dq_stride);
   p.d_slopes = static_cast<float*>(from.address());
-  const bool plain = is_plain_gradient(p) && (size_of(dtype) == 4) == (p.terms.rest != nullptr);
+  const bool plain = is_plain_gradient(p);
   const Gpu on = read_gpu(gpu);
   const py::gil_scoped_release release;
   launch_by_queries(on, p, dtype, plain ? "dq" : "dq_options", plain);

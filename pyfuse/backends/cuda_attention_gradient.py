@@ -91,8 +91,9 @@ def _gradients(
     assert o is not None and lse is not None
     if o.numel() == 0 or k.numel() == 0:
         return without_pairs(grads, q, k, v, options, lse, needs)
-    # Σ o do has the rounding of o. In half precision that shows where distances magnify it, and in a float32 mask.
-    exact = q.dtype == torch.float32 or not needs.isdisjoint(("alibi_slopes", "mask"))
+    # Σ o do has the rounding of o. In half precision that shows where distances magnify it, and in float32 sinks and
+    # masks.
+    exact = q.dtype == torch.float32 or not needs.isdisjoint(("alibi_slopes", "mask", "sinks"))
     run = _Backward(grads, q, k, v, cu_q, cu_k, o, lse, exact, options)
     result: dict[str, Tensor] = {}
     if not needs.isdisjoint("kv"):
