@@ -66,11 +66,17 @@ endfunction()
 foreach(type f32 bf16 f16)
   foreach(d 32 64 96 128 256)
     add_unit(attention_fwd_${type}_d${d} csrc/cuda/attention_fwd.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
+    add_unit(attention_bwd_dkdv_${type}_d${d} csrc/cuda/attention_bwd_dkdv.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
+    add_unit(attention_bwd_dq_${type}_d${d} csrc/cuda/attention_bwd_dq.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
+    add_unit(attention_bwd_dmask_${type}_d${d} csrc/cuda/attention_bwd_dmask.cu OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
   endforeach()
   add_unit(embed_${type} csrc/cuda/embed.cu OPTIONS -DELEMENT=${type})
   add_unit(embed_bwd_${type} csrc/cuda/embed_bwd.cu OPTIONS -DELEMENT=${type})
   add_unit(row_sums_${type} csrc/cuda/row_sums.cu OPTIONS -DELEMENT=${type})
   add_unit(rope_${type} csrc/cuda/rope.cu OPTIONS -DELEMENT=${type})
+endforeach()
+foreach(type bf16 f16)
+  add_unit(attention_bwd_terms_${type} csrc/cuda/attention_bwd_terms.cu OPTIONS -DELEMENT=${type})
 endforeach()
 
 foreach(type f32 bf16 f16)
@@ -101,6 +107,7 @@ pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the
   csrc/api/cuda_rope.cpp
   csrc/api/cuda_decode.cpp
   csrc/api/cuda_norm.cpp
+  csrc/api/cuda_attention_gradient.cpp
   ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CUDA_INCLUDE})

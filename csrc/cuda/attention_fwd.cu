@@ -126,23 +126,6 @@ struct Forward {
     if (p.dv < D) Forward::Copy::template clear_padding<BLOCK_N>(shared + VALUES, p.dv);
   }
 
-  /// Which of the tile's values are not finite, bit n for row n: their weight of 0 would be NaN.
-  DEVICE uint64_t spoilt_values() const {
-    uint64_t spoilt = 0;
-#pragma unroll
-    for (int first = 0; first < BLOCK_N; first += 32) {
-      const int row = first + threadIdx.x % 32;
-      bool bad = false;
-      if (BLOCK_N % 32 == 0 || row < BLOCK_N) {
-        for (int c = 0; c < Keys::ROW_CHUNKS; ++c)
-          bad |=
-              !all_finite(load_shared16(shared_address(shared) + VALUES + Keys::at(row, c)), T());
-      }
-      spoilt |= uint64_t(__ballot_sync(~0u, bad)) << first;
-    }
-    return spoilt;
-  }
-
   /// Fold the tile of keys at n into the sums. v_tile: this thread's part of its values; k_next: of
   /// the keys of the tile after it, at n_next, if there is one `more`. EDGE: some query does not
   /// see some key of this one.
@@ -171,7 +154,7 @@ struct Forward {
     policy.score(s, p, m(), n);
     uint64_t spoilt = 0;
     if constexpr (EDGE) {
-      spoilt = spoilt_values();
+      spoilt = spoilt_rows<T, Keys, BLOCK_N>(shared_address(shared) + VALUES);
       hide(s, work.band, m(), n, spoilt);
     }
     softmax.template step<EDGE>(s, o, policy.scale(p));

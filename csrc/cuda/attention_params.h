@@ -39,4 +39,29 @@ struct AttentionForward : AttentionCall {
   int64_t o_stride[3], lse_stride[2];
 };
 
+/// Of each query as floats [B, Hq, M] with unit stride in M, all laid out alike.
+struct RowTerms {
+  const float* lse;            // of the forward
+  float *lse2, *rest, *delta;  // as attention_gradient.cuh has them; rest may be null: zeros
+  int64_t stride[2];           // batch, head
+};
+
+struct AttentionGradient : AttentionCall {
+  const void *o, *d_o;    // [B, Hq, M, dv]
+  const float* d_lse;     // [B, Hq, M]; null: none
+  void *d_q, *d_k, *d_v;  // as q, k, v
+  float* d_slopes;        // each query's share, laid out as terms; null: not wanted
+  int64_t o_stride[3], do_stride[3], dlse_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
+  RowTerms terms;
+  float factor;  // d(score) / d(q·k)
+
+  // The mask's gradient [b, h, m, n], each element of which is shared by so many sequences and
+  // heads, and, where they are not `apart`, by all rows or columns.
+  void* d_mask;
+  int32_t dmask_kind;  // of DType
+  int32_t sharing_batches, sharing_heads;
+  bool rows_apart, columns_apart;
+  int64_t dmask_stride[4];
+};
+
 }  // namespace pyfuse::cuda

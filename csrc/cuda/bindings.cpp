@@ -8,6 +8,7 @@ void register_embed(pybind11::module_& m);
 void register_rope(pybind11::module_& m);
 void register_decode(pybind11::module_& m);
 void register_norm(pybind11::module_& m);
+void register_attention_gradient(pybind11::module_& m);
 }  // namespace pyfuse::cuda
 
 PYBIND11_MODULE(_cuda, m) {
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_cuda, m) {
   pyfuse::cuda::register_rope(m);
   pyfuse::cuda::register_decode(m);
   pyfuse::cuda::register_norm(m);
+  pyfuse::cuda::register_attention_gradient(m);
 }

@@ -37,4 +37,26 @@ DEVICE void dropout_words(uint32_t (&words)[4], uint32_t b, uint32_t h, uint32_t
   words[3] = odd ? own.w : second;
 }
 
+/// The same where rows are keys: `key_g` is that of row g, `query` the part's first column. Four
+/// neighbouring keys share a counter, so of the four lanes that have them each computes one of the
+/// four elements' counters, and they exchange what is theirs.
+DEVICE void dropout_words_by_key(uint32_t (&words)[4], uint32_t b, uint32_t h, uint32_t query,
+                                 uint32_t key_g, const uint32_t (&key)[2]) {
+  const int own = threadIdx.x / 4 % 4;  // the element, of words, whose counter is this lane's
+  const uint32_t m = query + threadIdx.x % 4 * 2 + own % 2;
+  const uint4 x = philox({b, h, m, (key_g >> 2) + own / 2 * 2}, key[0], key[1]);
+  // A transposition of four lanes' four words: of pairs, then of pairs of pairs.
+  const bool odd = own & 1, high = own & 2;
+  const uint32_t first = __shfl_xor_sync(~0u, odd ? x.x : x.y, 4);
+  const uint32_t second = __shfl_xor_sync(~0u, odd ? x.z : x.w, 4);
+  const uint32_t y[4] = {odd ? first : x.x, odd ? x.y : first, odd ? second : x.z,
+                         odd ? x.w : second};
+  const uint32_t third = __shfl_xor_sync(~0u, high ? y[0] : y[2], 8);
+  const uint32_t fourth = __shfl_xor_sync(~0u, high ? y[1] : y[3], 8);
+  words[0] = high ? third : y[0];
+  words[1] = high ? fourth : y[1];
+  words[2] = high ? y[2] : third;
+  words[3] = high ? y[3] : fourth;
+}
+
 }  // namespace pyfuse::cuda

@@ -37,6 +37,13 @@ DEVICE void cp_async_or_zero(uint32_t to, const void* from, bool inside) {
                : "memory");
 }
 
+/// The same of 4 bytes, which may lie anywhere. (PTX ISA: cp.async, .ca)
+DEVICE void cp_async4_or_zero(uint32_t to, const void* from, bool inside) {
+  const int bytes = inside ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+               : "memory");
+}
+
 /// Close a group: the copies that this thread started since the last one. (PTX ISA:
 /// cp.async.commit_group)
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -146,4 +153,13 @@ DEVICE uint32_t pack(float first, float second, bf16) {
 DEVICE uint32_t pack(float first, float second, fp16) {
   const __half2 pair = __floats2half2_rn(first, second);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+/// The two of such a word.
+DEVICE float2 unpack(uint32_t raw, bf16) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(raw));
+}
+
+DEVICE float2 unpack(uint32_t raw, fp16) {
+  return __half22float2(reinterpret_cast<const __half2&>(raw));
 }

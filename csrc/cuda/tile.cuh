@@ -132,6 +132,24 @@ DEVICE bool all_finite(uint4 x, fp16) {
   return finite(x.x) && finite(x.y) && finite(x.z) && finite(x.w);
 }
 
+/// Which of a tile's first ROWS rows (64 at most) are not all finite, bit n for row n: a factor of
+/// 0 would not stop them. Each warp looks at all.
+template <typename T, class Tile, int ROWS>
+DEVICE uint64_t spoilt_rows(uint32_t tile) {
+  uint64_t spoilt = 0;
+#pragma unroll
+  for (int first = 0; first < ROWS; first += 32) {
+    const int row = first + threadIdx.x % 32;
+    bool bad = false;
+    if (ROWS % 32 == 0 || row < ROWS) {
+      for (int c = 0; c < Tile::ROW_CHUNKS; ++c)
+        bad |= !all_finite(load_shared16(tile + Tile::at(row, c)), T());
+    }
+    spoilt |= uint64_t(__ballot_sync(~0u, bad)) << first;
+  }
+  return spoilt;
+}
+
 /// Write `rows` rows of a tile, of which `inside` exist, to memory: by one warp, whose rows they
 /// are.
 template <typename T, class Tile>

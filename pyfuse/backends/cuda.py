@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyfuse.backends import (
     cuda_attention,
+    cuda_attention_gradient,
     cuda_decode,
     cuda_device,
     cuda_embed,
@@ -36,12 +37,24 @@ OPS: dict[str, Impl] = {
     "attention": Impl(
         cuda_attention.attention,
         cuda_attention.why_not_attention,
-        yields=_yields("attention"),
+        Gradient(
+            cuda_attention_gradient.attention_forward,
+            cuda_attention_gradient.attention_backward,
+            cuda_attention_gradient.why_not,
+            cuda_attention_gradient.restore,
+        ),
+        _yields("attention"),
     ),
     "varlen_attention": Impl(
         cuda_attention.varlen_attention,
         cuda_attention.why_not_varlen_attention,
-        yields=_yields("varlen_attention"),
+        Gradient(
+            cuda_attention_gradient.varlen_attention_forward,
+            cuda_attention_gradient.varlen_attention_backward,
+            cuda_attention_gradient.why_not,
+            cuda_attention_gradient.restore,
+        ),
+        _yields("varlen_attention"),
     ),
     "embed": Impl(
         cuda_embed.embed,

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import triton_attention as forward
-from pyfuse.backends.gpu_attention import empty_like_q, strides
+from pyfuse.backends.gpu_attention import (
+    MaskSums,
+    dense_like,
+    empty_like_q,
+    only_scaled,
+    per_head,
+    sink_gradient,
+    strides,
+    unit_last,
+    without_pairs,
+)
 from pyfuse.backends.triton_attention import Call, options_of
 from pyfuse.backends.triton_device import kernels
 
@@ -81,10 +91,10 @@ def _gradients(
     o, lse = saved
     assert o is not None and lse is not None
     if o.numel() == 0 or k.numel() == 0:
-        return _without_pairs(grads, q, k, v, options, lse, needs)
+        return without_pairs(grads, q, k, v, options, lse, needs)
     call = Call.of(q, k, v, cu_q, cu_k, **{"seqlens_k": None, "mask": None, **options})
-    call = call._replace(kind=call.kind._replace(fold=call.kind.fold or _only_scaled(options)))
-    do = torch.zeros_like(o) if grads[0] is None else _unit_last(grads[0])
+    call = call._replace(kind=call.kind._replace(fold=call.kind.fold or only_scaled(options)))
+    do = torch.zeros_like(o) if grads[0] is None else unit_last(grads[0])
     dlse = None if len(grads) == 1 else grads[1]
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     # Σ o do has the rounding of o. In half precision that shows where distances magnify it, and in a float32 mask.
@@ -104,22 +114,12 @@ def _gradients(
     if "q" in needs or slopes is not None:
         result["q"] = run.dq(slopes)
     if slopes is not None:
-        result["alibi_slopes"] = _per_head(slopes, options["alibi_slopes"])
+        result["alibi_slopes"] = per_head(slopes, options["alibi_slopes"])
     if "sinks" in needs:
-        sinks = options["sinks"]
-        # d lse / d sink is the weight of the sink, which has no value: its dp is 0.
-        weight = (sinks.float()[:, None] - lse).exp_()
-        result["sinks"] = _per_head(weight.mul_(delta).neg_(), sinks)
+        result["sinks"] = sink_gradient(options["sinks"], lse, delta)
     if "mask" in needs:
         result["mask"] = run.dmask(options["mask"])
     return {name: result[name] for name in needs}
-
-
-def _only_scaled(options: dict[str, Any]) -> bool:
-    """In the backward a scale below 0 is no different, since nothing takes a maximum."""
-    mask = options.get("mask")
-    plain = options["softcap"] is None and options["alibi_slopes"] is None
-    return plain and (mask is None or mask.dtype == torch.bool)
 
 
 def _row_terms(
@@ -175,7 +175,7 @@ class _Backward:
 
     def dk_dv(self) -> tuple[Tensor, Tensor]:
         call, (_, k, v, *_) = self.call, self.inputs
-        dk, dv = _dense_like(k), _dense_like(v)
+        dk, dv = dense_like(k), dense_like(v)
         args = (
             *self.inputs, dk, dv, *self.strides, strides(dk), strides(dv), self.rows,
             call.batch, call.heads, call.group, call.m, call.n, call.n, *self.scores, self.factor, *self.limits,
@@ -194,7 +194,7 @@ class _Backward:
         self._by_queries("terms", lse, dlse, None, None)
 
     def dq(self, dslopes: Tensor | None) -> Tensor:
-        dq = _dense_like(self.inputs[0])
+        dq = dense_like(self.inputs[0])
         self._by_queries("dq" if dslopes is None else "slopes", None, None, dq, dslopes)
         return dq
 
@@ -219,15 +219,10 @@ class _Backward:
         )  # fmt: skip
 
     def dmask(self, mask: Tensor) -> Tensor:
-        """Where rows or columns are shared, what each head gives is summed apart: few numbers, many programs."""
         call = self.call
-        shape = (1,) * (4 - mask.ndim) + tuple(mask.shape)
-        own_rows, own_cols = shape[2] == call.m, shape[3] == call.n
-        whole = own_rows and own_cols
-        batches, heads = (call.batch // shape[0], call.heads // shape[1]) if whole else (1, 1)
-        sizes = shape if whole else (call.batch, call.heads, *shape[2:])
-        dtype = mask.dtype if whole else torch.float32
-        result = torch.empty(sizes, dtype=dtype, device=mask.device)
+        sums = MaskSums.of(mask, call.batch, call.heads, call.m, call.n)
+        (batches, heads), (own_rows, own_cols) = sums.sharing, sums.apart
+        result = torch.empty(sums.sizes, dtype=sums.dtype, device=mask.device)
         largest = max(call.kind.d, call.kind.dv)
         tiles = kernels("configs").shipped("dmask", largest, self.size, call.arch, True)
         args = (
@@ -243,38 +238,4 @@ class _Backward:
         kernel = kernels("flash_bwd_mask").flash_bwd_dmask_kernel
         programs = blocks * (call.batch // batches) * (call.heads // heads)
         call.device.launch(kernel, (programs,), args, options)
-        if not whole:
-            shared = [i for i in (0, 1) if shape[i] == 1 and sizes[i] > 1]
-            result = (result.sum(shared, keepdim=True) if shared else result).to(mask.dtype)
-        return result.view(mask.shape)
-
-
-def _without_pairs(
-    grads: Grads,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    options: dict[str, Any],
-    lse: Tensor,
-    needs: frozenset[str],
-) -> dict[str, Tensor]:
-    """No query or no key: all gradients are 0, but for lse, which is the sink then."""
-    named = {"q": q, "k": k, "v": v, **options}
-    result = {name: torch.zeros_like(named[name]) for name in needs}
-    if "sinks" in needs and len(grads) > 1 and grads[1] is not None:
-        result["sinks"] = _per_head(grads[1].float(), options["sinks"])
-    return result
-
-
-def _per_head(rows: Tensor, parameter: Tensor) -> Tensor:
-    """[B, H, M] or [H, T] summed to [H]."""
-    return rows.sum((0, 2) if rows.ndim == 3 else 1).to(parameter.dtype)
-
-
-def _unit_last(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-def _dense_like(t: Tensor) -> Tensor:
-    """A tensor for the gradient of t, in t's memory order where that is dense."""
-    return _unit_last(torch.empty_like(t))
+        return sums.finish(result, mask)
