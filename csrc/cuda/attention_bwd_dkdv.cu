@@ -95,9 +95,9 @@ struct KeyGradients {
   }
 
   DEVICE void clear_padding(int keys, int queries, int d) {
-    Copier<Keys, THREADS>::template clear_padding<T, BLOCK_N>(shared + keys, d);
+    Copier<Keys, THREADS>::template clear_padding<BLOCK_N>(shared + keys, d);
     for (int i = 0; i < STAGES; ++i)
-      Copy::template clear_padding<T, BLOCK_M>(shared + queries + i * STAGE, d);
+      Copy::template clear_padding<BLOCK_M>(shared + queries + i * STAGE, d);
   }
 
   /// Start copying the queries from m0 on of one of the group's heads, and what belongs to them.

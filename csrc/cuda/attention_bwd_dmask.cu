@@ -111,8 +111,8 @@ struct MaskGradient {
 
   DEVICE void clear_padding(int queries, int keys, int d) const {
     if (d == D) return;
-    Copier<Queries, THREADS>::template clear_padding<T, BLOCK_M>(shared + queries, d);
-    Copier<Keys, THREADS>::template clear_padding<T, BLOCK_N>(shared + keys, d);
+    Copier<Queries, THREADS>::template clear_padding<BLOCK_M>(shared + queries, d);
+    Copier<Keys, THREADS>::template clear_padding<BLOCK_N>(shared + keys, d);
   }
 
   DEVICE void multiply(float (&c)[1][PARTS][4], int own, int tile) const {

@@ -228,26 +228,17 @@ struct Forward {
     store();
   }
 
-  /// Write o; of 16-bit elements by way of the queries' tile, of which each warp has its own rows:
-  /// so that a lane has 16 bytes together.
+  /// Write o by way of the queries' tile, of which each warp has its own rows: 16 bytes a lane.
   DEVICE void store() {
     const Place& place = work.place;
-    const int first = work.m0 + warp_row(), inside = place.count - first;
-    const bool aligned = Policy::FOLD || p.aligned;
-    const int64_t row = p.o_stride[2];
-    T* to = static_cast<T*>(p.o) + place.batch * p.o_stride[0] + h() * p.o_stride[1] +
-            (place.row + first) * row;
+    const int first = work.m0 + warp_row();
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        write_product_f32(to + 16 * i * row, row, p.dv, inside - 16 * i, aligned, o[i]);
-      } else {
-        store_product<T, Queries>(shared, warp_row() + 16 * i, o[i]);
-      }
-    }
-    if constexpr (sizeof(T) == 4) return;
+    for (int i = 0; i < MT; ++i) store_product<T, Queries>(shared, warp_row() + 16 * i, o[i]);
     __syncwarp();
-    write_rows<T, Queries>(shared, warp_row(), WARP_M, to, row, p.dv, inside, aligned);
+    T* to = static_cast<T*>(p.o) + place.batch * p.o_stride[0] + h() * p.o_stride[1] +
+            (place.row + first) * p.o_stride[2];
+    write_rows<T, Queries>(shared, warp_row(), WARP_M, to, p.o_stride[2], p.dv, place.count - first,
+                           Policy::FOLD || p.aligned);
   }
 };
 

@@ -101,8 +101,8 @@ struct QueryGradients {
         shared, tile, row_of<T>(x, stride, place.batch, h, place.row + m0), stride[2], d,
         place.count - m0, Policy::FOLD || p.aligned);
     if (d == D) return;
-    Copier<Queries, THREADS>::template clear_padding<T, BLOCK_M>(shared + tile, d);
-    Copy::template clear_padding<T, BLOCK_N>(shared + (tile == QUERIES ? KEYS : VALUES), d);
+    Copier<Queries, THREADS>::template clear_padding<BLOCK_M>(shared + tile, d);
+    Copy::template clear_padding<BLOCK_N>(shared + (tile == QUERIES ? KEYS : VALUES), d);
   }
 
   /// The terms of the block's rows, one after the other of all; of rows beyond the last those of a

@@ -72,13 +72,6 @@ DEVICE uint4 load_shared16(uint32_t address) {
   return x;
 }
 
-/// 16 bytes of global memory: in words the compiler may store them one by one.
-DEVICE void store_global16(void* to, const float (&x)[4]) {
-  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]),
-               "f"(x[2]), "f"(x[3])
-               : "memory");
-}
-
 /// Four matrices of 8 rows x 16 bytes. Lane 8i + r brings the address of row r of matrix i; then
 /// lane 4r + c holds word c of row r of each (as 16-bit elements: columns 2c and 2c + 1).
 /// (PTX ISA: Warp-level matrix load instruction, ldmatrix)

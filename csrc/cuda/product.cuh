@@ -170,39 +170,28 @@ DEVICE void multiply_columns_f32(float (&c)[MT][OUT][4], const float (&a)[MT][PA
   }
 }
 
-/// Put a product [16, D] of 16-bit elements into the rows of a tile from `row` on.
+/// Put a product [16, D] (of float32 by multiply_columns_f32) into the rows of a tile from `row`
+/// on, a multiple of 16. Of float32 a lane has 16 bytes together; lanes of odd rows write every
+/// other 64 bytes first, so that no two of them want the same banks.
 template <typename T, class Tile, int OUT>
 DEVICE void store_product(char* tile, int row, const float (&c)[OUT][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
+    const int line = row + g + 8 * i;
+    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int n = 0; n < OUT; ++n) {
-      *reinterpret_cast<uint32_t*>(tile + Tile::at(row + g + 8 * i, n) + t * 4) =
-          pack(c[n][2 * i], c[n][2 * i + 1], T());
-    }
-  }
-}
-
-/// Write a product [16, D] of multiply_columns_f32 to memory, of whose rows `inside` exist: a lane
-/// has 16 bytes together.
-template <int OUT>
-DEVICE void write_product_f32(float* to, int64_t stride, int elements, int inside, bool aligned,
-                              const float (&c)[OUT][4]) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+      for (int n = 0; n < OUT; ++n) {
+        *reinterpret_cast<uint32_t*>(tile + Tile::at(line, n) + t * 4) =
+            pack(c[n][2 * i], c[n][2 * i + 1], T());
+      }
+    } else {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (g + 8 * i >= inside) continue;
-    float* const row = to + (g + 8 * i) * stride;
-#pragma unroll
-    for (int n = 0; n < OUT; n += 2) {
-      const int d = 8 * n + 4 * t;
-      const float element[4] = {c[n][2 * i], c[n + 1][2 * i], c[n][2 * i + 1], c[n + 1][2 * i + 1]};
-      if (d >= elements) continue;
-      if (aligned) {
-        store_global16(row + d, element);
-      } else {
-        for (int j = 0; j < 4 && d + j < elements; ++j) row[d + j] = element[j];
+      for (int n = 0; n < OUT; n += 2) {
+        const bool odd = g & 1;
+        const auto &x = odd ? c[n ^ 2] : c[n], &y = odd ? c[(n ^ 2) + 1] : c[n + 1];
+        *reinterpret_cast<float4*>(tile + Tile::at(line, 2 * (odd ? n ^ 2 : n) + t)) = {
+            x[2 * i], y[2 * i], x[2 * i + 1], y[2 * i + 1]};
       }
     }
   }

@@ -70,10 +70,13 @@ def _with_includes(source: Path, seen: set[Path] | None = None) -> Iterator[Path
         yield from _with_includes(near if near.is_file() else LIBRARY / name, seen)
 
 
-def _compile(source: Path, kind: str, arch: str, options: Sequence[str]) -> Path:
-    """The file that nvcc makes of a source; `kind` is ptx or cubin."""
+def _compile(
+    source: Path, kind: str, arch: str, options: Sequence[str], virtual: str | None = None
+) -> Path:
+    """The file that nvcc makes of a source; `kind` is ptx or cubin, `virtual` the architecture of the PTX between."""
     nvcc, version = _nvcc()
-    command = [str(nvcc), f"-{kind}", f"-arch=sm_{arch}", *FLAGS, *options, str(source.resolve())]
+    target = [f"-arch=compute_{virtual}", f"-code=sm_{arch}"] if virtual else [f"-arch=sm_{arch}"]
+    command = [str(nvcc), f"-{kind}", *target, *FLAGS, *options, str(source.resolve())]
     key = hashlib.sha256("\0".join([version, *command[1:]]).encode())
     for path in _with_includes(source):
         key.update(b"\0" + path.read_bytes())
@@ -102,10 +105,14 @@ def compile_ptx(
 
 
 def compile_cubin(
-    source: Path, arch: str, defines: Mapping[str, str] | None = None, flags: Sequence[str] = ()
+    source: Path,
+    arch: str,
+    defines: Mapping[str, str] | None = None,
+    flags: Sequence[str] = (),
+    virtual: str | None = None,
 ) -> Path:
-    """A cubin of a source, for cuobjdump and nvdisasm."""
-    return _compile(source, "cubin", arch, _options(defines, flags))
+    """A cubin of a source, for cuobjdump and nvdisasm; by way of PTX for `virtual`, which is `arch` if not given."""
+    return _compile(source, "cubin", arch, _options(defines, flags), virtual)
 
 
 def launch(
