@@ -9,9 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -32,6 +33,7 @@ def cuda() -> Iterator[Bar]:
     yield from _main_loops()
     yield _spills()
     yield from _shared()
+    yield from _global()
 
 
 def _main_loops() -> Iterator[Bar]:
@@ -70,14 +72,82 @@ def _shared() -> Iterator[Bar]:
 
     for arch in (80, 90):
         for d in (64, 128):
-            q, k, v = torch.randn(3, 1, 384, 2, d).bfloat16().transpose(2, 3)
+            q, k, v = (torch.randn(1, 384, 2, d).bfloat16().transpose(1, 2) for _ in "qkv")
+            leaves = [x.requires_grad_() for x in (q, k, v)]
             with standing_in(arch, backend="cuda") as gpu:
-                pyfuse.attention(q, k, v, causal=True, backend="cuda")
+                pyfuse.attention(*leaves, causal=True, backend="cuda").sum().backward()
             counters: list[dict[str, Any]] = [report.counters for report in gpu.reports]
             actual = sum(c["shared_wavefronts"] for c in counters)
             ideal = sum(c["shared_wavefronts_ideal"] for c in counters)
-            name = f"attention forward bf16 D{d} sm_{arch}: shared wavefronts / ideal"
+            name = f"attention and its gradient bf16 D{d} sm_{arch}: shared wavefronts / ideal"
             yield Bar(name, f"{actual / ideal:.3f}", "1.000", actual == ideal)
+
+
+def _global() -> Iterator[Bar]:
+    """Sectors against each input read and each output written once; blocks have as many rows as in large calls."""
+    import pyfuse
+    from pyfuse.backends import cuda_norm_gradient
+
+    rows, d = 400, 768
+    x, residual, w, b = (
+        torch.randn(*size).bfloat16() for size in ((rows, d), (rows, d), (d,), (d,))
+    )
+    q, k = (torch.randn(1, 256, h, 128).bfloat16().transpose(1, 2) for h in (8, 2))
+    cos, sin = torch.rand(2, 256, 64)
+    table, ids = torch.randn(200, d).bfloat16(), torch.randint(0, 200, (1, 512))
+    caches = torch.randn(2, 2, 2, 1504, 128).bfloat16()
+    lengths, query = torch.tensor([1500, 260]), torch.randn(2, 8, 1, 128).bfloat16()
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "layer_norm": (lambda: pyfuse.layer_norm(x, w, b, backend="cuda"), _nbytes(x, x, w, b)),
+        "add and rms_norm": (
+            lambda: pyfuse.rms_norm(x, w, residual=residual, prenorm=True, backend="cuda"),
+            _nbytes(x, x, x, x, w),
+        ),
+        "rope_pair": (
+            lambda: pyfuse.rope_pair(q, k, cos, sin, layout="half", backend="cuda"),
+            _nbytes(q, q, k, k, cos, sin),
+        ),
+        "embed and norm": (
+            lambda: pyfuse.embed(ids, table, norm_weight=w, norm_bias=b, backend="cuda"),
+            2 * 512 * d * 2 + _nbytes(ids, w, b),
+        ),
+        "decode": (
+            lambda: pyfuse.decode_attention(query, *caches, seqlens_k=lengths, backend="cuda"),
+            2 * int(lengths.sum()) * 2 * 128 * 2 + _nbytes(query, query),
+        ),
+    }
+    for name, (call, once) in calls.items():
+        yield _sectors(name, call, once)
+    for leaf in (x, residual, w, b):
+        leaf.requires_grad_()
+
+    def trained() -> None:
+        y, z = pyfuse.layer_norm(x, w, b, residual=residual, prenorm=True, backend="cuda")
+        torch.autograd.backward((y, z), (torch.ones_like(y), torch.ones_like(z)))
+
+    one = patch.dict(cuda_norm_gradient.MULTIPROCESSORS, {80: 1})
+    with one, patch.object(cuda_norm_gradient, "AT_ONCE", 1):
+        # Forward: x, residual, y, z; backward: z, dy, dz, dx (of both). Mean and 1/σ are written, then read.
+        once = 8 * _nbytes(x) + 2 * (2 * 4 * rows) + _nbytes(w, b) + _nbytes(w, w, b)
+        yield _sectors("layer_norm and its gradient", trained, once)
+
+
+def _nbytes(*tensors: torch.Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _sectors(name: str, call: Callable[[], object], once: int) -> Bar:
+    from emulated import CudaOfCpuTensors, standing_in
+
+    with standing_in(80, backend="cuda") as gpu:
+        assert isinstance(gpu, CudaOfCpuTensors)
+        gpu.multiprocessors = 1
+        call()
+    sectors = sum(r.counters["sectors"] + r.counters["copied_sectors"] for r in gpu.reports)
+    figure = sectors * 32 / once
+    return Bar(
+        f"{name} bfloat16 sm_80: sectors / ideal", f"{figure:.3f}", "<= 1.05", figure <= 1.05
+    )
 
 
 def cuda_build() -> Iterator[Bar]:

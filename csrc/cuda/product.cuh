@@ -189,9 +189,9 @@ DEVICE void store_product(char* tile, int row, const float (&c)[OUT][4]) {
 #pragma unroll
       for (int n = 0; n < OUT; n += 2) {
         const bool odd = g & 1;
-        const auto &x = odd ? c[n ^ 2] : c[n], &y = odd ? c[(n ^ 2) + 1] : c[n + 1];
+        const auto pick = [&](int part, int j) { return odd ? c[part ^ 2][j] : c[part][j]; };
         *reinterpret_cast<float4*>(tile + Tile::at(line, 2 * (odd ? n ^ 2 : n) + t)) = {
-            x[2 * i], y[2 * i], x[2 * i + 1], y[2 * i + 1]};
+            pick(n, 2 * i), pick(n + 1, 2 * i), pick(n, 2 * i + 1), pick(n + 1, 2 * i + 1)};
       }
     }
   }
