@@ -1,4 +1,4 @@
-"""The GPU kernels, Triton's or CUDA's, against torch SDPA, FlexAttention, flash-attn and Liger, those that are installed.
+"""GPU kernels, Triton's or CUDA's, against torch SDPA, FlexAttention, flash-attn and Liger, those that are installed.
 
     make bench-gpu      or      python -m benchmarks.bench_gpu [--backend cuda]
         [--dtype bfloat16] [--quick]
