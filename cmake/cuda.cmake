@@ -69,6 +69,13 @@ foreach(type f32 bf16 f16)
   endforeach()
 endforeach()
 
+foreach(type bf16 f16)
+  foreach(d 64 128)
+    add_unit(attention_fwd_hopper_${type}_d${d} csrc/cuda/attention_fwd_hopper.cu ARCHS 90a
+      OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
+  endforeach()
+endforeach()
+
 configure_file(csrc/cuda/units.cpp.in ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 set_source_files_properties(${CMAKE_CURRENT_BINARY_DIR}/units.cpp PROPERTIES OBJECT_DEPENDS "${FATBINS}")
 pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the assembler is told

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ptxemu import Packed, Report, nvcc_run, triton_run
+from ptxemu import Packed, Report, TensorMap, nvcc_run, triton_run
 from ptxemu.gpu import Device, Emulator, Gpu
 from torch import Tensor
 
@@ -16,6 +16,8 @@ from pyfuse import dispatch
 from pyfuse.backends import cuda_device, triton_device
 
 
+# (address, dtype, sizes, strides, rows of a box) of a tensor map.
+Map = tuple[int, int, list[int], list[int], int]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -64,12 +66,14 @@ class CudaOfCpuTensors:
         module = cuda_device.module()
 
         def launch(
-            unit: str, entry: str, grid: list[int], threads: int, shared: int, cluster: int, params: bytes
+            unit: str, entry: str, grid: list[int], threads: int, shared: int, cluster: int, params: bytes,
+            maps: list[Map],
         ) -> None:  # fmt: skip
             source, options, _ = module.units()[unit]
             report = nvcc_run.launch(
-                ROOT / source, entry, grid, threads, Packed(params, tensors), gpu=self.gpu, shared=shared,
-                seed=next(self.orders), cluster=cluster, flags=options.split(),
+                ROOT / source, entry, grid, threads, Packed(params, tensors),
+                *(tensor_map(map_, tensors) for map_ in maps), gpu=self.gpu, shared=shared, seed=next(self.orders),
+                cluster=cluster, flags=options.split(),
             )  # fmt: skip
             self.reports.append(report)
 
@@ -78,6 +82,16 @@ class CudaOfCpuTensors:
             getattr(module, name)((self.arch, self.multiprocessors, 0), arguments)
         finally:
             module.redirect(None)
+
+
+def tensor_map(described: Map, tensors: Sequence[Tensor | None]) -> TensorMap:
+    """As csrc/cuda/launch.h has it, of one of the call's tensors."""
+    address, dtype, sizes, strides, rows = described
+    start = next(t for t in tensors if t is not None and t.data_ptr() == address)
+    if cuda_device.DTYPE[start.dtype] != dtype:
+        raise ValueError(f"tensor map: of dtype {dtype}, the tensor is {start.dtype}")
+    view = start.as_strided(sizes, (*strides, 1))
+    return TensorMap(view, (1, 1, rows, 128 // start.element_size()), "128B")
 
 
 @contextmanager
