@@ -4,7 +4,8 @@
 // A block of three warpgroups owns 128 queries of one head. The first has one thread at work, which
 // has the copy engine bring tiles of 128 keys and their values into two stages each; the other two
 // multiply, for 64 queries each. While the product with the values of one tile runs, they work on
-// the softmax of the next. Tiles at the edges of what the queries see come first.
+// the softmax of the next; and they start their products in turn, so that the softmax of one falls
+// into the products of the other. Tiles at the edges of what the queries see come first.
 //
 // Compiled for each ELEMENT (bf16, f16) and HEAD_SIZE (64, 128), the largest that D and Dv may
 // have: the copy engine fills columns beyond them, and rows beyond the tensor, with zeros.
@@ -20,13 +21,12 @@ using T = ELEMENT;
 constexpr int D = HEAD_SIZE;
 constexpr int BLOCK = 128;    // queries, and keys
 constexpr int CONSUMERS = 2;  // warpgroups that multiply
-constexpr int CONSUMER_WARPS = 4 * CONSUMERS;
 constexpr int THREADS = 128 * (1 + CONSUMERS);
 constexpr int PARTS = BLOCK / 8, OUT = D / 8;
 using Rows = Tile<T, D, BLOCK>;  // panels of 64 columns, swizzled as the copy engine does
 
-// Barriers that not all warps of the block take part in.
-enum NamedBarrier { VALUES_CHECKED = 1, QUERIES_USED };  // of the second, one for each warpgroup
+// Barriers of the warps that multiply; of the last two kinds one for each warpgroup.
+enum NamedBarrier { VALUES_CHECKED = 1, QUERIES_USED, TURN = QUERIES_USED + CONSUMERS };
 
 /// Start a copy of a tile; `barrier` has one arrival and its bytes to wait for.
 DEVICE void load_rows(char* tile, const CUtensorMap* map, int64_t row, int h, int64_t batch,
@@ -47,7 +47,7 @@ struct alignas(1024) Ring {  // as the swizzle of its tiles demands
   DEVICE void init() {
     for (int stage = 0; stage < 2; ++stage) {
       mbarrier_init(shared_address(&full[stage]), 1);
-      mbarrier_init(shared_address(&empty[stage]), CONSUMER_WARPS);
+      mbarrier_init(shared_address(&empty[stage]), 4 * CONSUMERS);
     }
   }
   DEVICE void load(int i, const CUtensorMap* map, int64_t row, int h, int64_t batch) {
@@ -94,8 +94,10 @@ struct Consumer {
   const uint64_t q;
 
   float s[1][PARTS][4], o[1][OUT][4] = {};
-  uint32_t weights[BLOCK / 16][4];  // of the tile before the one that s is of
+  uint32_t weights[BLOCK / 16][4];  // of the tile before the one that s is of; as left operands
   Softmax<1> softmax;
+  bool shrinks;  // of the whole warp: by what
+  float shrink[1][2];
 
   DEVICE Consumer(const AttentionForward& p, Shared& shared)
       : p(p),
@@ -155,13 +157,14 @@ struct Consumer {
     }
     if (threadIdx.x % 32 == 0)
       reinterpret_cast<uint16_t*>(shared.spoilt[i % 2])[warp()] = static_cast<uint16_t>(rows);
-    named_barrier(VALUES_CHECKED, 32 * CONSUMER_WARPS);
+    named_barrier(VALUES_CHECKED, 128 * CONSUMERS);
     for (int half = 0; half < 2; ++half) spoilt[half] = shared.spoilt[i % 2][half];
   }
 
-  /// Turn the scores of tile i into weights; the result is whether o has to shrink.
+  /// Turn the scores of tile i into weights, and remember by what o then has to shrink: a product
+  /// with values may still be running.
   template <bool EDGE>
-  DEVICE bool fold(int i, float (&shrink)[1][2]) {
+  DEVICE void fold(int i) {
     if constexpr (EDGE) {
       uint64_t spoilt[2];
       clear_spoilt_values(i, spoilt);
@@ -171,16 +174,20 @@ struct Consumer {
         hide(scores, work.band, m(), n + half * BLOCK / 2, spoilt[half]);
       }
     }
-    bool higher = false;
+    shrinks = false;
     softmax.step<EDGE>(s, p.scale, [&](const float (&by)[1][2]) {
       shrink[0][0] = by[0][0], shrink[0][1] = by[0][1];
-      higher = true;
+      shrinks = true;
     });
-    return higher;
   }
 
-  /// A lane's weights are already where the left operand wants them.
-  DEVICE void pack_weights() {
+  /// After fold(i): end the product before, and bring o and the weights to where its own wants
+  /// them.
+  DEVICE void settle(int i) {
+    wgmma_wait<0>();
+    pin(o[0]);
+    if (i > 0) shared.v.release(i - 1);
+    if (shrinks) Softmax<1>::shrink(o, shrink);
 #pragma unroll
     for (int n = 0; n < PARTS; ++n) {
       weights[n / 2][n % 2 * 2] = pack(s[0][n][0], s[0][n][1], T());
@@ -188,36 +195,38 @@ struct Consumer {
     }
   }
 
+  /// Between fold(i - 1) and fold(i) the products, of which the second runs on while that folds. A
+  /// loop ends with the fold, since the compiler would begin to wait for that product in its midst.
   template <bool EDGE>
   DEVICE void step(int i) {
+    settle(i - 1);
+    named_barrier(TURN + group, 128 * CONSUMERS);
     start_keys(i);
     start_values(i - 1);
+    if (group == 0 || i + 1 < work.tiles.tiles)
+      named_barrier_arrive(TURN + (group ^ 1), 128 * CONSUMERS);
     wgmma_wait<1>();
     pin(s[0]);
     shared.k.release(i);
-    float shrink[1][2];
-    const bool higher = fold<EDGE>(i, shrink);
-    wgmma_wait<0>();
-    pin(o[0]);
-    shared.v.release(i - 1);
-    if (higher) Softmax<1>::shrink(o, shrink);
-    pack_weights();
+    fold<EDGE>(i);
   }
 
   DEVICE void run() {
     const int tiles = work.tiles.tiles;
     mbarrier_wait(shared_address(&shared.q_full), 0);
+    if (group == 1 && tiles > 1) named_barrier_arrive(TURN, 128 * CONSUMERS);  // the first turn
     if (tiles > 0) {
       start_keys(0);
       wgmma_wait<0>();
       pin(s[0]);
       shared.k.release(0);
-      float shrink[1][2];
-      fold<true>(0, shrink);
-      pack_weights();
+      fold<true>(0);
       int i = 1;
+#pragma unroll 1
       for (; i < work.tiles.edges; ++i) step<true>(i);
+#pragma unroll 1
       for (; i < tiles; ++i) step<false>(i);
+      settle(tiles - 1);
       start_values(tiles - 1);
       wgmma_wait<0>();
       pin(o[0]);
