@@ -15,7 +15,6 @@ from torch import Tensor
 from pyfuse import dispatch
 from pyfuse.backends import cuda_device, triton_device
 
-
 # (address, dtype, sizes, strides, rows of a box) of a tensor map.
 Map = tuple[int, int, list[int], list[int], int]
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +59,7 @@ class CudaOfCpuTensors:
     def __init__(self, gpu: Gpu) -> None:
         self.arch, self.gpu = gpu.arch, gpu
         self.reports: list[Report] = []
+        self.units: list[str] = []
         self.orders = count()
 
     def call(self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> None:
@@ -70,6 +70,7 @@ class CudaOfCpuTensors:
             maps: list[Map],
         ) -> None:  # fmt: skip
             source, options, _ = module.units()[unit]
+            self.units.append(unit)
             report = nvcc_run.launch(
                 ROOT / source, entry, grid, threads, Packed(params, tensors),
                 *(tensor_map(map_, tensors) for map_ in maps), gpu=self.gpu, shared=shared, seed=next(self.orders),

@@ -35,6 +35,36 @@ def test_the_forward_s_interior_loop(d: int, issue: float, ldsm: float) -> None:
     assert loop.count("FSEL") == 0 and loop.count("IMNMX") == 0  # no masks
 
 
+HOPPER = "attention_fwd_hopper_{dtype}_d{d}"
+hopper_built = pytest.mark.skipif(
+    cuda_device._cuda is None
+    or HOPPER.format(dtype="bf16", d=64) not in cuda_device.module().units(),
+    reason="pyfuse._cuda is built without code for sm_90a",
+)
+
+
+@hopper_built
+@pytest.mark.ahead_of_time
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_hopper_s_forward(dtype: str, d: int) -> None:
+    code = kernels_of(HOPPER.format(dtype=dtype, d=d), "90a")["forward"]
+    assert code.in_registers
+    # Two products of 64 queries and 128 keys, 16 at a time. For each score: a maximum, a subtraction, 2^x and a sum,
+    # and half a rounding; the rest is 0.8 instructions.
+    loop = code.usual_loop
+    assert loop.count("HGMMA") == d // 16 + 8
+    assert loop.issue <= (4.5 + 0.8 + d / 128 * 1.1) * 64
+    assert loop.count("FSEL") == 0  # no masks
+    # One copy of q, k and v each for every 64 columns; a loop does those of k and v.
+    assert code.body.count("UTMALDG") >= 3 * d // 64
+    # The softmax runs behind the product with the values: nothing of it once that is waited for, up to the next.
+    opcodes = [code.instructions[i].opcode for i in sorted(code._main_loop)]
+    waits = [i for i, x in enumerate(opcodes) if x.startswith("WARPGROUP.DEPBAR")]
+    powers = [i for i, x in enumerate(opcodes) if x.startswith("MUFU.EX2")]
+    assert len(waits) == 2 and len(powers) >= 64 and min(powers) > waits[1]
+
+
 @pytest.mark.parametrize("d", [32, 40, 64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_shared_memory_is_read_without_conflicts(dtype: torch.dtype, d: int) -> None:
