@@ -44,6 +44,9 @@ struct alignas(1024) Ring {  // as the swizzle of its tiles demands
   char tile[2][Rows::BYTES];
   uint64_t full[2], empty[2];
 
+  static DEVICE int stage(int i) { return i & 1; }
+  static DEVICE int parity(int i) { return i >> 1 & 1; }  // of the phase in which tile i comes
+
   DEVICE void init() {
     for (int stage = 0; stage < 2; ++stage) {
       mbarrier_init(shared_address(&full[stage]), 1);
@@ -51,15 +54,15 @@ struct alignas(1024) Ring {  // as the swizzle of its tiles demands
     }
   }
   DEVICE void load(int i, const CUtensorMap* map, int64_t row, int h, int64_t batch) {
-    mbarrier_wait(shared_address(&empty[i % 2]), i / 2 % 2 ^ 1);
-    load_rows(tile[i % 2], map, row, h, batch, &full[i % 2]);
+    mbarrier_wait(shared_address(&empty[stage(i)]), parity(i) ^ 1);
+    load_rows(tile[stage(i)], map, row, h, batch, &full[stage(i)]);
   }
-  DEVICE void wait(int i) { mbarrier_wait(shared_address(&full[i % 2]), i / 2 % 2); }
+  DEVICE void wait(int i) { mbarrier_wait(shared_address(&full[stage(i)]), parity(i)); }
   DEVICE void release(int i) {
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&empty[i % 2]));
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&empty[stage(i)]));
   }
   DEVICE uint64_t descriptor(int i) const {
-    return matrix_descriptor(shared_address(tile[i % 2]), Rows::PANEL);
+    return matrix_descriptor(shared_address(tile[stage(i)]), Rows::PANEL);
   }
 };
 
@@ -90,6 +93,7 @@ struct Consumer {
   const AttentionForward& p;
   Shared& shared;
   const Work& work;
+  const int tiles;
   const int group;  // of warps, from 0
   const uint64_t q;
 
@@ -103,6 +107,7 @@ struct Consumer {
       : p(p),
         shared(shared),
         work(shared.work),
+        tiles(work.tiles.tiles),
         group(__shfl_sync(~0u, threadIdx.x / 128, 0) - 1),  // one register for the warp
         q(matrix_descriptor(shared_address(shared.q)) + group * (64 * Rows::ROW >> 4)) {}
 
@@ -140,7 +145,7 @@ struct Consumer {
   /// since a weight of 0 would not stop them. All consumers together, 16 rows a warp.
   DEVICE void clear_spoilt_values(int i, uint64_t (&spoilt)[2]) {
     shared.v.wait(i);
-    char* const tile = shared.v.tile[i % 2];
+    char* const tile = shared.v.tile[Ring::stage(i)];
     const int row = warp() * 16 + threadIdx.x % 16, first = threadIdx.x % 32 / 16;
     bool bad = false;
 #pragma unroll
@@ -156,9 +161,10 @@ struct Consumer {
       async_fence();  // the products read them by another way than the stores went
     }
     if (threadIdx.x % 32 == 0)
-      reinterpret_cast<uint16_t*>(shared.spoilt[i % 2])[warp()] = static_cast<uint16_t>(rows);
+      reinterpret_cast<uint16_t*>(shared.spoilt[Ring::stage(i)])[warp()] =
+          static_cast<uint16_t>(rows);
     named_barrier(VALUES_CHECKED, 128 * CONSUMERS);
-    for (int half = 0; half < 2; ++half) spoilt[half] = shared.spoilt[i % 2][half];
+    for (int half = 0; half < 2; ++half) spoilt[half] = shared.spoilt[Ring::stage(i)][half];
   }
 
   /// Turn the scores of tile i into weights, and remember by what o then has to shrink: a product
@@ -203,8 +209,7 @@ struct Consumer {
     named_barrier(TURN + group, 128 * CONSUMERS);
     start_keys(i);
     start_values(i - 1);
-    if (group == 0 || i + 1 < work.tiles.tiles)
-      named_barrier_arrive(TURN + (group ^ 1), 128 * CONSUMERS);
+    if (group == 0 || i + 1 < tiles) named_barrier_arrive(TURN + (group ^ 1), 128 * CONSUMERS);
     wgmma_wait<1>();
     pin(s[0]);
     shared.k.release(i);
@@ -212,7 +217,6 @@ struct Consumer {
   }
 
   DEVICE void run() {
-    const int tiles = work.tiles.tiles;
     mbarrier_wait(shared_address(&shared.q_full), 0);
     if (group == 1 && tiles > 1) named_barrier_arrive(TURN, 128 * CONSUMERS);  // the first turn
     if (tiles > 0) {
