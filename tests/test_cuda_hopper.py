@@ -101,8 +101,9 @@ def test_the_same_bits_in_every_order_of_warps() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), INF], ids=["nan", "inf"])
 @pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("where", ["keys", "values"])
 @pytest.mark.parametrize("name", ["seqlens", "causal", "window"])
-def test_hidden_keys_change_nothing(name: str, d: int, bad: float) -> None:
+def test_hidden_keys_change_nothing(name: str, where: str, d: int, bad: float) -> None:
     q, k, v = inputs((200, 400), d)
     options: dict[str, Any] = {
         "seqlens": {"seqlens_k": torch.tensor([131, 270])},
@@ -111,7 +112,10 @@ def test_hidden_keys_change_nothing(name: str, d: int, bad: float) -> None:
     }[name]
     keys = torch.tensor([270, 271, 333, 399])
     bad_k, bad_v = k.clone(), v.clone()
-    bad_k[:, :, keys], bad_v[:, :, keys, 3::16] = bad, bad
+    if where == "keys":
+        bad_k[:, :, keys] = bad
+    else:
+        bad_v[:, :, keys, 3::16] = bad
     place, at = torch.arange(200)[:, None] + 200, keys[None]
     sees = {
         "seqlens": torch.zeros(200, 4, dtype=torch.bool),
@@ -123,7 +127,9 @@ def test_hidden_keys_change_nothing(name: str, d: int, bad: float) -> None:
         numerics.assert_bitwise_equal(
             actual[i][:, :, ~sees], expected[i][:, :, ~sees], f"result {i}"
         )
-    assert (~sees).any() and not actual[0][:, :, sees].isfinite().all(-1).any()
+    assert (~sees).any()
+    if where == "values" or bad != bad:  # an infinite key may have a weight of 0
+        assert not actual[0][:, :, sees].isfinite().all(-1).any()
 
 
 @pytest.mark.parametrize("integers", [torch.int32, torch.int64], ids=str)
