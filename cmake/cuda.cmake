@@ -95,6 +95,13 @@ foreach(neighbours 8 4 1)
 endforeach()
 add_unit(norm_sums csrc/cuda/norm_sums.cu)
 
+foreach(type bf16 f16)
+  foreach(d 64 128)
+    add_unit(attention_fwd_hopper_${type}_d${d} csrc/cuda/attention_fwd_hopper.cu ARCH 90a
+      OPTIONS -DELEMENT=${type} -DHEAD_SIZE=${d})
+  endforeach()
+endforeach()
+
 configure_file(csrc/cuda/units.cpp.in ${CMAKE_CURRENT_BINARY_DIR}/units.cpp)
 set_source_files_properties(${CMAKE_CURRENT_BINARY_DIR}/units.cpp PROPERTIES OBJECT_DEPENDS "${FATBINS}")
 pybind11_add_module(_cuda NO_EXTRAS # link-time optimisation would lose what the assembler is told

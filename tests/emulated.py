@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from ptxemu import Packed, Report, nvcc_run, triton_run
+from ptxemu import Packed, Report, TensorMap, nvcc_run, triton_run
 from ptxemu.gpu import Device, Emulator, Gpu
 from torch import Tensor
 
@@ -17,6 +17,8 @@ from pyfuse import dispatch
 from pyfuse.backends import cuda_device, triton_device
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+# (address, dtype, sizes, strides, rows of a box) of a tensor map.
+Map = tuple[int, int, list[int], list[int], int]
 
 
 class GpuOfCpuTensors:
@@ -60,18 +62,22 @@ class CudaOfCpuTensors:
         self.arch, self.gpu = gpu.arch, gpu
         self.sources, self.check = sources, check
         self.reports: list[Report] = []
+        self.units: list[str] = []
         self.orders = count()
 
     def call(self, name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> None:
         module = cuda_device.module()
 
         def launch(
-            unit: str, entry: str, grid: list[int], threads: int, shared: int, cluster: int, params: bytes
+            unit: str, entry: str, grid: list[int], threads: int, shared: int, cluster: int, params: bytes,
+            maps: list[Map],
         ) -> None:  # fmt: skip
             source, options, _ = module.units()[unit]
+            self.units.append(unit)
             report = nvcc_run.launch(
-                self.sources / Path(source).name, entry, grid, threads, Packed(params, tensors), gpu=self.gpu,
-                shared=shared, seed=next(self.orders), cluster=cluster, flags=options.split(), check=self.check,
+                self.sources / Path(source).name, entry, grid, threads, Packed(params, tensors),
+                *(tensor_map(map_, tensors) for map_ in maps), gpu=self.gpu, shared=shared, seed=next(self.orders),
+                cluster=cluster, flags=options.split(), check=self.check,
             )  # fmt: skip
             self.reports.append(report)
 
@@ -80,6 +86,16 @@ class CudaOfCpuTensors:
             getattr(module, name)((self.arch, self.multiprocessors, 0), arguments)
         finally:
             module.redirect(None)
+
+
+def tensor_map(described: Map, tensors: Sequence[Tensor | None]) -> TensorMap:
+    """As csrc/cuda/launch.h has it, of one of the call's tensors."""
+    address, dtype, sizes, strides, rows = described
+    start = next(t for t in tensors if t is not None and t.data_ptr() == address)
+    if cuda_device.DTYPE[start.dtype] != dtype:
+        raise ValueError(f"tensor map: of dtype {dtype}, the tensor is {start.dtype}")
+    view = start.as_strided(sizes, (*strides, 1))
+    return TensorMap(view, (1, 1, rows, 128 // start.element_size()), "128B")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 #include "cuda/launch.h"
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
@@ -17,8 +18,10 @@ namespace py = pybind11;
 namespace pyfuse::cuda {
 namespace {
 
-// Where launches go instead of a GPU: (unit, entry, grid, threads, shared, cluster, params).
-std::function<void(std::string, std::string, std::vector<int64_t>, int, int, int, py::bytes)>
+// Where launches go instead of a GPU: (unit, entry, grid, threads, shared, cluster, params, maps),
+// a map as (address, dtype, sizes, strides, rows of a box).
+std::function<void(std::string, std::string, std::vector<int64_t>, int, int, int, py::bytes,
+                   py::list)>
     redirected;
 
 std::string describe(const Launch& x) {
@@ -34,10 +37,15 @@ void check(cudaError_t status, const Launch& launch, const char* doing) {
   throw std::runtime_error(describe(launch) + ": " + doing + ": " + cudaGetErrorString(status));
 }
 
-const Unit& unit_named(const Launch& launch) {
+const Unit* find_unit(const std::string& name) {
   for (size_t i = 0; i < unit_count; ++i) {
-    if (launch.unit == units[i].name) return units[i];
+    if (name == units[i].name) return &units[i];
   }
+  return nullptr;
+}
+
+const Unit& unit_named(const Launch& launch) {
+  if (const Unit* const unit = find_unit(launch.unit)) return *unit;
   throw std::runtime_error(describe(launch) + ": there is no unit of this name");
 }
 
@@ -74,6 +82,41 @@ class Kernels {
   std::map<std::pair<cudaKernel_t, int>, int> shared_;
 };
 
+// The driver's own function, found through the runtime: nothing of the driver's is linked.
+decltype(&cuTensorMapEncodeTiled) find_encoder(const Launch& launch) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
+                                         &result),
+        launch, "asking the driver for tensor maps");
+  if (result != cudaDriverEntryPointSuccess)
+    throw std::runtime_error(describe(launch) + ": the driver has no tensor maps; CUDA 12 has");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
+CUtensorMap encode(const TensorMap& map, const Launch& launch) {
+  static const auto encoder = find_encoder(launch);
+  const auto bytes = static_cast<cuuint64_t>(size_of(map.dtype));
+  cuuint64_t sizes[4], strides[3];  // the innermost first, strides in bytes
+  for (int i = 0; i < 4; ++i) sizes[i] = static_cast<cuuint64_t>(map.size[3 - i]);
+  for (int i = 0; i < 3; ++i) strides[i] = static_cast<cuuint64_t>(map.stride[2 - i]) * bytes;
+  const cuuint32_t box[4] = {128 / static_cast<cuuint32_t>(bytes), static_cast<cuuint32_t>(map.box),
+                             1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const auto type = map.dtype == DType::f32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : map.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                               : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  CUtensorMap encoded;
+  const CUresult status =
+      encoder(&encoded, type, 4, const_cast<void*>(map.data), sizes, strides, box, steps,
+              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw std::runtime_error(describe(launch) + ": cuTensorMapEncodeTiled: error " +
+                             std::to_string(status));
+  return encoded;
+}
+
 void start_on_gpu(const Gpu& gpu, const Launch& launch, const void* params) {
   static Kernels kernels;
   const cudaKernel_t kernel = kernels.find(launch);
@@ -89,9 +132,22 @@ void start_on_gpu(const Gpu& gpu, const Launch& launch, const void* params) {
   config.stream = reinterpret_cast<cudaStream_t>(gpu.stream);
   config.attrs = &cluster;
   config.numAttrs = launch.cluster > 1 ? 1 : 0;
-  void* arguments[] = {const_cast<void*>(params)};
-  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments), launch,
-        "starting it");
+  std::vector<CUtensorMap> maps;
+  for (const TensorMap& map : launch.maps) maps.push_back(encode(map, launch));
+  std::vector<void*> arguments{const_cast<void*>(params)};
+  for (CUtensorMap& map : maps) arguments.push_back(&map);
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments.data()),
+        launch, "starting it");
+}
+
+py::list list_maps(const Launch& launch) {
+  py::list all;
+  for (const TensorMap& x : launch.maps) {
+    all.append(py::make_tuple(reinterpret_cast<uintptr_t>(x.data), static_cast<int>(x.dtype),
+                              std::vector<int64_t>(x.size, x.size + 4),
+                              std::vector<int64_t>(x.stride, x.stride + 3), x.box));
+  }
+  return all;
 }
 
 // Why no kernel can run on this machine; empty if one can.
@@ -122,8 +178,10 @@ void start(const Gpu& gpu, const Launch& launch, const void* params, size_t size
   const py::gil_scoped_acquire acquire;
   redirected(launch.unit, launch.entry, {launch.grid[0], launch.grid[1], launch.grid[2]},
              launch.threads, launch.shared, launch.cluster,
-             py::bytes(static_cast<const char*>(params), size));
+             py::bytes(static_cast<const char*>(params), size), list_maps(launch));
 }
+
+bool has_unit(const std::string& name) { return find_unit(name) != nullptr; }
 
 const char* name_of(DType dtype) {
   switch (dtype) {

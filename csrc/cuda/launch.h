@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace pyfuse::cuda {
 
@@ -18,16 +19,31 @@ struct Gpu {
   uint64_t stream;
 };
 
+// Rows of a tensor [batches, heads, rows, columns] for the copy engine of sm_90, which brings boxes
+// of `box` rows x 128 bytes into shared memory, swizzled by 128 bytes, with zeros for what lies
+// beyond the tensor. Strides count elements; of columns it is 1.
+struct TensorMap {
+  const void* data;
+  DType dtype;
+  int64_t size[4], stride[3];
+  int box;
+};
+
 struct Launch {
   std::string unit, entry;
   int64_t grid[3] = {1, 1, 1};
   int threads = 128;
   int shared = 0;  // bytes of dynamic shared memory
   int cluster = 1;
+  std::vector<TensorMap> maps;
 };
 
-// Starts the kernel with `params`, a plain struct of `size` bytes, as its argument. A grid without
-// blocks starts nothing. Throws std::runtime_error with the kernel's name and sizes.
+// Whether this build has a unit: some are for one architecture.
+bool has_unit(const std::string& name);
+
+// Starts the kernel with `params`, a plain struct of `size` bytes, as its argument, followed by the
+// maps, each a `const __grid_constant__ CUtensorMap`. A grid without blocks starts nothing. Throws
+// std::runtime_error with the kernel's name and sizes.
 void start(const Gpu& gpu, const Launch& launch, const void* params, size_t size);
 
 template <class Params>

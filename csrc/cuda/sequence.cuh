@@ -78,6 +78,31 @@ DEVICE Band band_of(const AttentionCall& p, int b, int M, int N) {
   return {M, N, end, p.left, p.right};
 }
 
+/// What all threads of a block know, in shared memory: registers are for o.
+struct Work {
+  Place place;
+  Band band;
+  KeyTiles tiles;
+  int m0;
+
+  template <int BLOCK_M, int BLOCK_N>
+  static DEVICE const Work& of(const AttentionCall& p, Work* shared) {
+    const int blocks = (p.M + BLOCK_M - 1) / BLOCK_M;
+    // Where causal, the blocks that see most keys first.
+    const int x = static_cast<int>(blockIdx.x);
+    const int index = p.cu_q.data != nullptr ? x : x / blocks * blocks + (blocks - 1 - x % blocks);
+    const Place place = place_of<BLOCK_M>(p, false, index, blocks);
+    if (threadIdx.x == 0) {
+      shared->place = place;
+      shared->m0 = place.block * BLOCK_M;
+      shared->band = band_of(p, place.b, place.count, place.others);
+      shared->tiles = KeyTiles::of<BLOCK_N>(shared->band, shared->m0, BLOCK_M, p.mask != nullptr);
+    }
+    __syncthreads();
+    return *shared;
+  }
+};
+
 /// Row `row` of head (batch, h).
 template <typename T>
 DEVICE const char* row_of(const void* x, const int64_t (&stride)[3], int64_t batch, int h,

@@ -41,6 +41,12 @@ struct Softmax {
   /// weights have weighed. GUARDED: rows may have seen no key yet.
   template <bool GUARDED, int PARTS, int OUT>
   DEVICE void step(float (&s)[MT][PARTS][4], float (&o)[MT][OUT][4], float scale) {
+    step<GUARDED>(s, scale, [&](const float (&by)[MT][2]) { shrink(o, by); });
+  }
+
+  /// The same; shrink(by) is called by a whole warp where its o have to shrink by these factors.
+  template <bool GUARDED, int PARTS, class Shrink>
+  DEVICE void step(float (&s)[MT][PARTS][4], float scale, Shrink shrink) {
     float top[MT][2];
     bool higher = false;
 #pragma unroll
@@ -54,7 +60,7 @@ struct Softmax {
         higher |= fmaf(top[i][row], scale, -pivot[i][row]) > SLACK;
       }
     }
-    if (__any_sync(~0u, higher)) rise(top, o, scale);
+    if (__any_sync(~0u, higher)) rise(top, scale, shrink);
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
 #pragma unroll
@@ -68,6 +74,17 @@ struct Softmax {
             l[i][row] += s[i][n][j];
           }
         }
+      }
+    }
+  }
+
+  template <int OUT>
+  static DEVICE void shrink(float (&o)[MT][OUT][4], const float (&by)[MT][2]) {
+#pragma unroll
+    for (int i = 0; i < MT; ++i) {
+#pragma unroll
+      for (int n = 0; n < OUT; ++n) {
+        for (int j = 0; j < 4; ++j) o[i][n][j] *= by[i][j / 2];
       }
     }
   }
@@ -98,24 +115,21 @@ struct Softmax {
   static constexpr float LN2 = 0.69314718f;
 
   /// Take new maxima, and shrink what was summed up for the old ones.
-  template <int OUT>
-  DEVICE void rise(const float (&top)[MT][2], float (&o)[MT][OUT][4], float scale) {
+  template <class Shrink>
+  DEVICE void rise(const float (&top)[MT][2], float scale, Shrink shrink) {
+    float by[MT][2];
 #pragma unroll
     for (int i = 0; i < MT; ++i) {
-      float shrink[2];
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const float x = top[i][row] * scale, before = pivot[i][row];
         // Each row by itself: its bits do not depend on its neighbours.
         if (fmaf(top[i][row], scale, -before) > SLACK) pivot[i][row] = x;
-        shrink[row] = before == -INFINITY ? 0.0f : exp2_approx(before - pivot[i][row]);
-        l[i][row] *= shrink[row];
-      }
-#pragma unroll
-      for (int n = 0; n < OUT; ++n) {
-        for (int j = 0; j < 4; ++j) o[i][n][j] *= shrink[j / 2];
+        by[i][row] = before == -INFINITY ? 0.0f : exp2_approx(before - pivot[i][row]);
+        l[i][row] *= by[i][row];
       }
     }
+    shrink(by);
   }
 };
 

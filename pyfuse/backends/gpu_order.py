@@ -32,8 +32,11 @@ RULES = (
     ),
     Rule(
         ATTENTION,
-        lambda arch, q, gradient, options: arch == 90 and q.dtype != torch.float32,
-        "on this GPU Triton multiplies by wgmma, these kernels by mma.sync at about half that rate",
+        lambda arch, q, gradient, options: (
+            arch == 90 and q.dtype != torch.float32 and (gradient or not 32 < q.shape[-1] <= 128)
+        ),
+        "on this GPU Triton multiplies by wgmma, these kernels, but for the forward of head sizes from 33 to 128, by "
+        "mma.sync at about half that rate",
     ),
     Rule(
         ATTENTION,

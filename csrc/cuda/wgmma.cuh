@@ -7,6 +7,7 @@
 
 #include "primitives_sm90.cuh"
 
+/// Give registers of this warpgroup back, or take them. (PTX ISA: setmaxnreg)
 template <int Registers>
 DEVICE void registers_down_to() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
@@ -17,12 +18,14 @@ DEVICE void registers_up_to() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-/// Order earlier accesses to accumulators and left operands before the next products.
+/// Order earlier accesses to accumulators and left operands before the next products. (PTX ISA:
+/// wgmma.fence)
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
+/// Close a group: the products since the last one. (PTX ISA: wgmma.commit_group)
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-/// Wait until at most `Pending` groups of products run.
+/// Wait until at most `Pending` groups of products run. (PTX ISA: wgmma.wait_group)
 template <int Pending>
 DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
@@ -38,10 +41,10 @@ DEVICE void pin(float (&x)[PARTS][4]) {
 
 /// A tile of 128-byte rows in shared memory, aligned to 1024 bytes and swizzled by 128 bytes:
 /// 1024 bytes from one group of eight rows to the next. Bits 0..13 address / 16, 16..29 the offset
-/// between columns of such groups (there is one: not used), 32..45 that between groups / 16,
-/// 62..63 the swizzle.
-DEVICE uint64_t matrix_descriptor(uint32_t address) {
-  return (address & 0x3ffff) >> 4 | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+/// between panels of such rows / 16, of which only wgmma_nn() takes more than one, 32..45 that
+/// between groups / 16, 62..63 the swizzle. (PTX ISA: Matrix Descriptor Format)
+DEVICE uint64_t matrix_descriptor(uint32_t address, uint32_t panel = 16) {
+  return (address & 0x3ffff) >> 4 | uint64_t(panel >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
 }
 
@@ -56,6 +59,7 @@ DEVICE uint64_t matrix_descriptor(uint32_t address) {
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, " \
   "%49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+// (PTX ISA: wgmma.mma_async, and Register Fragments for wgmma.mma_async.m64nNk16)
 #define WGMMA(T, TYPE)                                                                           \
   /** c [64, 128] = a [64, 16] bᵀ [16, 128], plus c where accumulate; both from shared memory, \
       with the 16 side by side in a row. */                                                      \
@@ -72,6 +76,13 @@ DEVICE uint64_t matrix_descriptor(uint32_t address) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" FIRST_32       \
                  "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                     \
                  : PARTS_8(c, 0)                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
+  }                                                                                              \
+  /** The same for c [64, 128] and b [16, 128], of which each 64 are a panel. */                 \
+  DEVICE void wgmma_nn(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, T) {               \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" FIRST_32      \
+                 ", " NEXT_32 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                        \
+                 : PARTS_8(c, 0), PARTS_8(c, 8)                                                  \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                          \
   }
 

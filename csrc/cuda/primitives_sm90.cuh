@@ -8,33 +8,38 @@
 
 // mbarrier: counts arrivals of threads and bytes of copies; each completion ends a phase.
 
+/// (PTX ISA: mbarrier.init)
 DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-/// Make initialised barriers visible to the copy engine and to the cluster.
+/// Make initialised barriers visible to the copy engine and to the cluster. (PTX ISA:
+/// fence.mbarrier_init)
 DEVICE void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+/// (PTX ISA: mbarrier.arrive)
 DEVICE void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-/// Arrive, and let the phase also wait for `bytes` of copies.
+/// Arrive, and let the phase also wait for `bytes` of copies. (PTX ISA: mbarrier.arrive,
+/// .expect_tx)
 DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-/// Arrive at the barrier of another block of the cluster, given by cluster_address().
+/// Arrive at the barrier of another block of the cluster, given by cluster_address(). (PTX ISA:
+/// mbarrier.arrive, .shared::cluster)
 DEVICE void mbarrier_arrive_remote(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
                : "memory");
 }
 
 /// Wait for the end of a phase: the first, third, ... have parity 0, the others 1. On a fresh
-/// barrier parity 1 counts as over.
+/// barrier parity 1 counts as over. (PTX ISA: mbarrier.try_wait)
 DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done) {
@@ -48,14 +53,14 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   }
 }
 
-/// Arrive; the result names the phase that this arrival belongs to.
+/// Arrive; the result names the phase that this arrival belongs to. (PTX ISA: mbarrier.arrive)
 DEVICE uint64_t mbarrier_arrive_token(uint32_t barrier) {
   uint64_t token;
   asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(token) : "r"(barrier) : "memory");
   return token;
 }
 
-/// Whether that phase is over.
+/// Whether that phase is over. (PTX ISA: mbarrier.test_wait)
 DEVICE bool mbarrier_test(uint32_t barrier, uint64_t token) {
   uint32_t done;
   asm volatile(
@@ -71,9 +76,10 @@ DEVICE bool mbarrier_test(uint32_t barrier, uint64_t token) {
 // Copies by the copy engine. One thread starts them; loads complete on a barrier, stores as
 // groups of that thread.
 
-/// Order this thread's accesses to shared memory before the copy engine's.
+/// Order this thread's accesses to shared memory before the copy engine's. (PTX ISA:
+/// fence.proxy.async)
 DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
+/// (PTX ISA: cp.async.bulk)
 DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
@@ -82,24 +88,29 @@ DEVICE void bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
       : "memory");
 }
 
+/// (PTX ISA: cp.async.bulk)
 DEVICE void bulk_store(void* to, uint32_t from, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
                "r"(bytes)
                : "memory");
 }
 
+/// (PTX ISA: cp.async.bulk.commit_group)
 DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-/// Wait until at most `Pending` groups of stores have still to read their shared memory.
+/// Wait until at most `Pending` groups of stores have still to read their shared memory. (PTX ISA:
+/// cp.async.bulk.wait_group)
 template <int Pending>
 DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
+/// (PTX ISA: prefetch.tensormap)
 DEVICE void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+/// A box of a tensor, at x of its innermost dimension. (PTX ISA: cp.async.bulk.tensor)
 DEVICE void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -126,7 +137,7 @@ DEVICE void tma_load(uint32_t to, const CUtensorMap* map, int x, int y, int z, i
 }
 
 /// Load into every block of the cluster whose bit is set, at the same place in each, and complete
-/// on the barrier at the same place.
+/// on the barrier at the same place. (PTX ISA: cp.async.bulk.tensor, .multicast::cluster)
 DEVICE void tma_load_multicast(uint32_t to, const CUtensorMap* map, int x, int y, uint32_t barrier,
                                uint16_t blocks) {
   asm volatile(
@@ -136,6 +147,7 @@ DEVICE void tma_load_multicast(uint32_t to, const CUtensorMap* map, int x, int y
       : "memory");
 }
 
+/// The other way. (PTX ISA: cp.async.bulk.tensor)
 DEVICE void tma_store(const CUtensorMap* map, int x, int y, uint32_t from) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
@@ -160,12 +172,14 @@ DEVICE void tma_store(const CUtensorMap* map, int x, int y, int z, int w, uint32
 
 // Clusters.
 
+/// (PTX ISA: %cluster_ctarank)
 DEVICE uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 
+/// (PTX ISA: %cluster_nctarank)
 DEVICE uint32_t cluster_size() {
   uint32_t size;
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
@@ -179,13 +193,15 @@ DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
   return remote;
 }
 
+/// (PTX ISA: ld, .shared::cluster)
 DEVICE float cluster_load(uint32_t address) {
   float x;
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
   return x;
 }
 
-/// Wait for all threads of the cluster, whose earlier writes are then visible.
+/// Wait for all threads of the cluster, whose earlier writes are then visible. (PTX ISA:
+/// barrier.cluster)
 DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -193,7 +209,7 @@ DEVICE void cluster_sync() {
 
 // Warps of different roles.
 
-/// Whether this lane is the one that acts for its warp.
+/// Whether this lane is the one that acts for its warp. (PTX ISA: elect.sync)
 DEVICE bool elect_one() {
   uint32_t elected;
   asm volatile(
@@ -204,12 +220,17 @@ DEVICE bool elect_one() {
   return elected;
 }
 
-/// A barrier of some of the block's warps; 0 is that of __syncthreads().
+/// A barrier of some of the block's warps; 0 is that of __syncthreads(). (PTX ISA: bar.sync)
 DEVICE void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/// Write four 8 x 8 matrices of 16-bit elements: the reverse of ldmatrix().
+/// Arrive there without waiting. (PTX ISA: bar.arrive)
+DEVICE void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+/// Write four 8 x 8 matrices of 16-bit elements: the reverse of ldmatrix(). (PTX ISA: stmatrix)
 DEVICE void stmatrix(uint32_t address, const uint32_t (&x)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
                "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
