@@ -49,7 +49,7 @@ function(add_unit name source)
   set(fatbin ${CMAKE_CURRENT_BINARY_DIR}/${name}.fatbin)
   set(path ${CMAKE_CURRENT_SOURCE_DIR}/${source})
   add_custom_command(OUTPUT ${fatbin}
-    COMMAND ${NVCC} -fatbin -O3 -std=c++17 ${code} ${UNIT_OPTIONS} -o ${fatbin} ${path}
+    COMMAND ${NVCC} -fatbin -O3 -std=c++17 --compress-mode=size ${code} ${UNIT_OPTIONS} -o ${fatbin} ${path}
     DEPENDS ${path} ${CUDA_HEADERS} COMMENT "nvcc ${name}" VERBATIM)
   list(JOIN UNIT_OPTIONS " " options)
   set(FATBINS ${FATBINS} ${fatbin} PARENT_SCOPE)
