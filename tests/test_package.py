@@ -90,3 +90,20 @@ def test_a_compiler_that_fails_is_an_error(source: Path, tmp_path: Path) -> None
         [sys.executable, "-c", code], cwd=source, env=variables, capture_output=True, text=True
     )
     assert done.returncode != 0 and "CMake" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("PYFUSE_CUDA", "perhaps", "PYFUSE_CUDA: got 'perhaps', needs auto, on or off"),
+        ("TORCH_CUDA_ARCH_LIST", "8.0 Hopper", "TORCH_CUDA_ARCH_LIST: 'Hopper', needs numbers"),
+    ],
+)
+def test_settings_of_the_cuda_build_are_checked(
+    source: Path, tmp_path: Path, variable: str, value: str, message: str
+) -> None:
+    code = f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env={**os.environ, variable: value}, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode != 0 and message in done.stdout + done.stderr
