@@ -11,7 +11,7 @@ from emulated import standing_in
 
 import pyfuse
 from pyfuse import dispatch
-from pyfuse.backends import cuda_device
+from pyfuse.backends import cuda_device, gpu_order
 
 pytestmark = pytest.mark.skipif(cuda_device._cuda is None, reason=cuda_device.NOT_BUILT)
 
@@ -96,3 +96,11 @@ def test_the_order_of_the_gpu_backends_is_data(
             alone = pyfuse.explain("attention", x, x, x, **options)
         assert alone.chosen == "cuda"
         assert [c.backend for c in alone.candidates] == ["cuda", "triton", "cuda"]
+
+
+def test_the_order_looks_at_the_larger_head_size() -> None:
+    q, v = torch.empty(1, 1, 5, 64, dtype=torch.bfloat16), torch.empty(1, 1, 5, 200)
+    rule = gpu_order.triton_first("attention", 90, q, v, False, {})
+    assert rule is not None and "wgmma" in rule
+    assert gpu_order.triton_first("attention", 90, q, q, False, {}) is None
+    assert gpu_order.triton_first("decode_attention", 100, q, v, False, {}) is None

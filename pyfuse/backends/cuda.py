@@ -27,8 +27,11 @@ __all__ = ["OPS", "why_unavailable"]
 
 
 def _yields(operation: str) -> Callable[..., str | None]:
-    def yields(gradient: bool, q: Tensor, *_: Tensor, **options: Any) -> str | None:
-        return gpu_order.triton_first(operation, cuda_device.of(q).arch, q, gradient, options)
+    def yields(
+        gradient: bool, q: Tensor, k: Tensor, v: Tensor, *_: Tensor, **options: Any
+    ) -> str | None:
+        arch = cuda_device.of(q).arch
+        return gpu_order.triton_first(operation, arch, q, v, gradient, options)
 
     return yields
 

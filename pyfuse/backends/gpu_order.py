@@ -16,10 +16,10 @@ OPTIONS = ("mask", "softcap", "alibi_slopes", "dropout_seed")
 
 
 class Rule(NamedTuple):
-    """Triton first for these operations where `when(arch, q, gradient, options)`."""
+    """Triton first for these operations where `when(arch, q, d, gradient, options)`; d: the larger head size."""
 
     operations: tuple[str, ...]
-    when: Callable[[int, Tensor, bool, dict[str, Any]], bool]
+    when: Callable[[int, Tensor, int, bool, dict[str, Any]], bool]
     reason: str
 
 
@@ -27,30 +27,33 @@ ATTENTION = ("attention", "varlen_attention")
 RULES = (
     Rule(
         ATTENTION,
-        lambda arch, q, gradient, options: arch in (100, 103) and q.dtype != torch.float32,
+        lambda arch, q, d, gradient, options: arch in (100, 103) and q.dtype != torch.float32,
         "on this GPU Triton multiplies by tcgen05, these kernels by mma.sync at a part of that rate",
     ),
     Rule(
         ATTENTION,
-        lambda arch, q, gradient, options: (
-            arch == 90 and q.dtype != torch.float32 and (gradient or not 32 < q.shape[-1] <= 128)
+        lambda arch, q, d, gradient, options: (
+            arch == 90 and q.dtype != torch.float32 and (gradient or not 32 < d <= 128)
         ),
         "on this GPU Triton multiplies by wgmma, these kernels, but for the forward of head sizes from 33 to 128, by "
         "mma.sync at about half that rate",
     ),
     Rule(
         ATTENTION,
-        lambda arch, q, gradient, options: any(options.get(name) is not None for name in OPTIONS),
+        lambda arch, q, d, gradient, options: any(
+            options.get(name) is not None for name in OPTIONS
+        ),
         "Triton compiles the loop for just these options, these kernels look at each when they run",
     ),
 )
 
 
 def triton_first(
-    operation: str, arch: int, q: Tensor, gradient: bool, options: dict[str, Any]
+    operation: str, arch: int, q: Tensor, v: Tensor, gradient: bool, options: dict[str, Any]
 ) -> str | None:
     """Why Triton's kernels should be asked first; None if there is no reason."""
+    d = max(q.shape[-1], v.shape[-1])
     for rule in RULES:
-        if operation in rule.operations and rule.when(arch, q, gradient, options):
+        if operation in rule.operations and rule.when(arch, q, d, gradient, options):
             return rule.reason
     return None
