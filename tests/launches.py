@@ -9,7 +9,7 @@ import torch
 from ptxemu import triton_run
 from torch import Tensor
 
-from pyfuse.backends import triton_attention_gradient, triton_device
+from pyfuse.backends import triton_device, triton_gpu
 from pyfuse.backends.triton_device import Arch
 
 
@@ -60,8 +60,10 @@ def attention_launches(
     }
 
     def both() -> None:
-        _, saved = triton_attention_gradient.attention_forward(q, k, v, **given)
-        triton_attention_gradient.attention_backward((saved[0],), (q, k, v), given, saved, needs)
+        gradient = triton_gpu.OPS["attention"].gradient
+        assert gradient is not None
+        _, saved = gradient.forward(q, k, v, **given)
+        gradient.backward((saved[0],), (q, k, v), given, saved, needs)
 
     return {launch.kernel.__name__: launch for launch in record(arch, both)}
 

@@ -15,7 +15,7 @@ from ptxemu.gpu import Emulator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyfuse.backends import triton_decode, triton_device
+from pyfuse.backends import triton_device, triton_gpu
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.triton
@@ -48,7 +48,7 @@ def call(
     k, v = cache
     new = torch.randn(2, batch, heads, m, d, dtype=dtype).unbind() if append else ()
     options = {"seqlens_k": torch.tensor(lengths), "scale": d**-0.5, **options}
-    o = triton_decode.decode_attention(q, k, v, *new, **options)
+    o = triton_gpu.OPS["decode_attention"].fn(q, k, v, *new, **options)
     assert isinstance(o, Tensor)
     return o
 
@@ -244,7 +244,7 @@ def test_a_call_allocates_and_launches_and_reads_nothing(page_size: int | None) 
 
     def run() -> None:
         with ops:
-            triton_decode.decode_attention(
+            triton_gpu.OPS["decode_attention"].fn(
                 q, k, k.clone(), new, new, seqlens_k=lengths, return_lse=True, **table
             )
 

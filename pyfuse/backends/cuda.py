@@ -20,6 +20,7 @@ from pyfuse.backends import (
     gpu_order,
 )
 from pyfuse.backends.cuda_device import why_unavailable
+from pyfuse.backends.gpu_attention_ops import Attention
 from pyfuse.backends.gpu_norm import Norms
 from pyfuse.dispatch import Gradient, Impl
 
@@ -36,29 +37,15 @@ def _yields(operation: str) -> Callable[..., str | None]:
     return yields
 
 
+ATTENTION = Attention(
+    cuda_device.why_not,
+    cuda_attention.write,
+    cuda_attention_gradient.Backward,
+    cuda_decode.decode_into,
+    _yields,
+)
 OPS: dict[str, Impl] = {
-    "attention": Impl(
-        cuda_attention.attention,
-        cuda_attention.why_not_attention,
-        Gradient(
-            cuda_attention_gradient.attention_forward,
-            cuda_attention_gradient.attention_backward,
-            cuda_attention_gradient.why_not,
-            cuda_attention_gradient.restore,
-        ),
-        _yields("attention"),
-    ),
-    "varlen_attention": Impl(
-        cuda_attention.varlen_attention,
-        cuda_attention.why_not_varlen_attention,
-        Gradient(
-            cuda_attention_gradient.varlen_attention_forward,
-            cuda_attention_gradient.varlen_attention_backward,
-            cuda_attention_gradient.why_not,
-            cuda_attention_gradient.restore,
-        ),
-        _yields("varlen_attention"),
-    ),
+    **ATTENTION.ops(),
     "embed": Impl(
         cuda_embed.embed,
         cuda_embed.why_not_embed,
@@ -69,6 +56,5 @@ OPS: dict[str, Impl] = {
         ),
     ),
     **cuda_rope.OPS,
-    "decode_attention": Impl(cuda_decode.decode_attention, cuda_decode.why_not_decode_attention),
     **Norms(cuda_norm.why_not, cuda_norm.write, cuda_norm_gradient.write_gradients).ops(),
 }

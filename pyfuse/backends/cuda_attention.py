@@ -1,4 +1,4 @@
-"""Attention on the CUDA kernels, padded and packed: what they take, and the call."""
+"""Attention on the CUDA kernels, padded and packed: the call."""
 
 from __future__ import annotations
 
@@ -9,77 +9,17 @@ from torch import Tensor
 
 from pyfuse.backends import cuda_device
 from pyfuse.backends.cuda_device import DTYPE, address, integers
-from pyfuse.backends.gpu_attention import (
-    MOST_KEYS,
-    empty_like_q,
-    limits,
-    score_factors,
-    strides,
-)
+from pyfuse.backends.gpu_attention import limits, score_factors, strides
+from pyfuse.backends.gpu_attention_ops import Call
 
-LARGEST_HEAD = 256
 Arguments = tuple[Any, ...]
 
 
-def why_not_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **_: Any
-) -> str | None:
-    reason = cuda_device.why_not("q", q)
-    if reason is not None:
-        return reason
-    for letter, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
-        if not 0 < d <= LARGEST_HEAD:
-            return f"{letter} is {d}, the kernel has 1 to {LARGEST_HEAD}"
-    rows = 2 if q.ndim == 4 else 0
-    most = max(q.shape[rows], k.shape[rows])
-    if most >= MOST_KEYS:
-        return f"{most} queries or keys, the kernel counts to {MOST_KEYS}"
-    if mask is not None and mask.dtype not in (torch.bool, *DTYPE):
-        return f"mask is {mask.dtype}; the kernel has bool, float32, bfloat16 and float16"
-    return None
-
-
-def why_not_varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **_: Any
-) -> str | None:
-    return why_not_attention(q, k, v)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.attention."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if options["return_lse"] else None
-    o = empty_like_q(q, v.shape[3])
-    forward_into(o, lse, q, k, v, None, None, options)
-    return o if lse is None else (o, lse)
-
-
-def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.varlen_attention."""
-    rows, heads, _ = q.shape
-    lse = q.new_empty((heads, rows), dtype=torch.float32) if options["return_lse"] else None
-    o = q.new_empty((rows, heads, v.shape[2]))
-    forward_into(o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, options)
-    return o if lse is None else (o, lse)
-
-
-def forward_into(
-    o: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    options: dict[str, Any],
-) -> None:
+def write(call: Call, o: Tensor, lse: Tensor | None) -> None:
     """Write o, and lse where one is given."""
-    if o.numel() == 0:
-        return
-    call, tensors = call_arguments(q, k, v, cu_q, cu_k, (o,), **options)
-    arguments = (*call, o.data_ptr(), strides(o), address(lse), lse_strides(lse))
-    cuda_device.of(q).call("attention_forward", arguments, (*tensors, o, lse))
+    arguments, tensors = call_arguments(*call[:5], (o,), **call.options)
+    rows = (o.data_ptr(), strides(o), address(lse), lse_strides(lse))
+    cuda_device.of(o).call("attention_forward", (*arguments, *rows), (*tensors, o, lse))
 
 
 def call_arguments(

@@ -6,7 +6,6 @@ csrc/api reads them, and all tensors whose memory it is told of.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from pyfuse.backends.gpu_dropout import Words, words
 
 NOT_BUILT = (
     "pyfuse._cuda is not built (nvcc was not found when pyfuse was installed): install the CUDA toolkit, 12.8 or "
@@ -132,11 +133,6 @@ def integers(t: Tensor | None) -> tuple[int, int]:
     return (0, 0) if t is None else (t.data_ptr(), int(t.dtype == torch.int64))
 
 
-def dropout_words(p: float, seed: Tensor | None) -> tuple[int, int, int, float]:
-    """Two words of the key, the least 24-bit number that is kept, and 1 / (1 - p)."""
-    if p == 0.0:
-        return 0, 0, 0, 1.0
-    if seed is None:
-        raise ValueError("dropout_seed: got None, but dropout_p > 0 needs int64 (seed, offset)")
-    low, high = (word & 0xFFFFFFFF for word in seed.tolist())
-    return low, high, math.ceil(p * (1 << 24)), 1.0 / (1.0 - p)
+def dropout_words(p: float, seed: Tensor | None) -> Words:
+    """As the kernels take them: a threshold of 0 keeps all."""
+    return words(p, seed) or (0, 0, 0, 1.0)

@@ -11,9 +11,9 @@ from torch import Tensor
 from pyfuse.backends import cuda_device, gpu_embed_gradient
 from pyfuse.backends.cuda_device import DTYPE, address
 from pyfuse.backends.cuda_embed import call_arguments
+from pyfuse.backends.gpu_dropout import Words, words
 from pyfuse.backends.gpu_embed_gradient import Order, edges_of
 
-Words = tuple[int, int, int, float]
 CHUNK = 64  # of csrc/cuda/row_sums.cu
 # Columns that a large GPU has under way: the norm's sums are shared out to so many. The order of sums may depend on
 # sizes, not on the chip.
@@ -40,7 +40,7 @@ class Kernels:
     """See gpu_embed_gradient.Kernels."""
 
     def dropout(self, p: float, seed: Tensor | None) -> Words | None:
-        return None if p == 0.0 else cuda_device.dropout_words(p, seed)
+        return words(p, seed)
 
     def through_norm(
         self,

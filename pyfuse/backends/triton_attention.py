@@ -1,4 +1,4 @@
-"""Attention on the Triton kernels, padded and packed: what they take, and the call."""
+"""Attention on the Triton kernels, padded and packed: the call."""
 
 from __future__ import annotations
 
@@ -10,106 +10,25 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import triton_device, triton_tune
-from pyfuse.backends.gpu_attention import MOST_KEYS, empty_like_q, limits, score_factors, strides
+from pyfuse.backends.gpu_attention import limits, score_factors, strides
+from pyfuse.backends.gpu_attention_ops import Call as AttentionCall
 from pyfuse.backends.triton_device import kernels
 
-LARGEST_HEAD = 256
 
-
-def why_not_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **_: Any
-) -> str | None:
-    reason = triton_device.why_not("q", q)
-    if reason is not None:
-        return reason
-    for letter, d in (("D", q.shape[-1]), ("Dv", v.shape[-1])):
-        if not 0 < d <= LARGEST_HEAD:
-            return f"{letter} is {d}, the kernel has 1 to {LARGEST_HEAD}"
-    rows = 2 if q.ndim == 4 else 0
-    if max(q.shape[rows], k.shape[rows]) >= MOST_KEYS:
-        return (
-            f"{max(q.shape[rows], k.shape[rows])} queries or keys, the kernel counts to {MOST_KEYS}"
-        )
-    if mask is not None and mask.dtype not in (torch.bool, *triton_device.DTYPES):
-        return f"mask is {mask.dtype}; the kernel has bool, float32, bfloat16 and float16"
-    return None
-
-
-def why_not_varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **_: Any
-) -> str | None:
-    return why_not_attention(q, k, v)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.attention."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if options["return_lse"] else None
-    o = empty_like_q(q, v.shape[3])
-    forward_into(o, lse, q, k, v, **options)
-    return o if lse is None else (o, lse)
-
-
-def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.varlen_attention."""
-    rows, heads, _ = q.shape
-    lse = q.new_empty((heads, rows), dtype=torch.float32) if options["return_lse"] else None
-    o = q.new_empty((rows, heads, v.shape[2]))
-    forward_into(o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
-    return o if lse is None else (o, lse)
-
-
-def forward_into(
-    o: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    *,
-    causal: bool,
-    window: tuple[int, int] | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    return_lse: bool,
-    seqlens_k: Tensor | None = None,
-    mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: Tensor | None = None,
-) -> None:
+def write(given: AttentionCall, o: Tensor, lse: Tensor | None) -> None:
     """Write o, and lse where one is given."""
-    if o.numel() == 0:
-        return
-    call = Call.of(
-        q,
-        k,
-        v,
-        cu_q,
-        cu_k,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        scale=scale,
-        mask=mask,
-        alibi_slopes=alibi_slopes,
-        seqlens_k=seqlens_k,
-        dropout_p=dropout_p,
-        dropout_seed=dropout_seed,
-    )
+    q, k, v, cu_q, cu_k, options = given
+    call = Call.of(*given[:5], **options)
     args = (
         q, k, v, o, lse, strides(q), strides(k), strides(v), strides(o), lse_strides(lse),
         call.batch, call.heads, call.group, call.m, call.n, call.scale, call.softcap, call.left, call.right,
-        sinks, alibi_slopes, seqlens_k, call.mask, call.mask_strides, cu_q, cu_k, *call.dropout,
+        options["sinks"], options["alibi_slopes"], options.get("seqlens_k"), call.mask, call.mask_strides, cu_q, cu_k,
+        *call.dropout,
     )  # fmt: skip
-    tma = has_tma(call.arch) and mask is None and fits_tma(k) and fits_tma(v)
-    kernel = kernels("flash_fwd").flash_fwd_kernel
+    tma = has_tma(call.arch) and call.mask is None and fits_tma(k) and fits_tma(v)
     call.launch(
         "fwd",
-        kernel,
+        kernels("flash_fwd").flash_fwd_kernel,
         args,
         q,
         lambda tiles: call.programs(call.m, call.heads, tiles.block_m),
@@ -182,10 +101,10 @@ class Call(NamedTuple):
         window: tuple[int, int] | None,
         softcap: float | None,
         scale: float,
-        mask: Tensor | None,
         alibi_slopes: Tensor | None,
         dropout_p: float,
         dropout_seed: Tensor | None,
+        mask: Tensor | None = None,
         **_: Any,
     ) -> Call:
         device = triton_device.of(q)

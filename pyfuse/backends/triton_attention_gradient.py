@@ -2,124 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from pyfuse.backends import triton_attention as forward
-from pyfuse.backends.gpu_attention import (
-    MaskSums,
-    dense_like,
-    empty_like_q,
-    only_scaled,
-    per_head,
-    sink_gradient,
-    strides,
-    unit_last,
-    without_pairs,
-)
-from pyfuse.backends.triton_attention import Call, options_of
+from pyfuse.backends.gpu_attention import MaskSums, dense_like, only_scaled, strides, unit_last
+from pyfuse.backends.gpu_attention_ops import Call as AttentionCall
+from pyfuse.backends.triton_attention import Call, lse_strides, options_of
 from pyfuse.backends.triton_device import kernels
-
-Saved = tuple[Tensor | None, ...]
-Grads = tuple[Tensor | None, ...]
-Result = Tensor | tuple[Tensor, Tensor]
-
-
-def why_not(needs: frozenset[str], *_tensors: Tensor, **_: Any) -> str | None:
-    return None  # whatever the forward takes
-
-
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Result, Saved]:
-    """The result, and what the backward needs beside the arguments: o and lse."""
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    o = empty_like_q(q, v.shape[3])
-    forward.forward_into(o, lse, q, k, v, **options)
-    return (o, lse) if options["return_lse"] else o, (o, lse)
-
-
-def varlen_attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any
-) -> tuple[Result, Saved]:
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    o = q.new_empty((*q.shape[:2], v.shape[2]))
-    forward.forward_into(o, lse, q, k, v, cu_seqlens_q, cu_seqlens_k, **options)
-    return (o, lse) if options["return_lse"] else o, (o, lse)
-
-
-def restore(results: tuple[Tensor, ...], *_: Any) -> Saved:
-    """What a forward saves, from the results of any."""
-    o, lse = results
-    return o, lse
-
-
-def attention_backward(
-    grads: Grads,
-    tensors: tuple[Tensor, ...],
-    options: dict[str, Any],
-    saved: Saved,
-    needs: frozenset[str],
-) -> dict[str, Tensor]:
-    """The gradients of q, k, v, mask, sinks and alibi_slopes from those of o and lse."""
-    q, k, v = tensors
-    return _gradients(grads, q, k, v, None, None, options, saved, needs)
-
-
-def varlen_attention_backward(
-    grads: Grads,
-    tensors: tuple[Tensor, ...],
-    options: dict[str, Any],
-    saved: Saved,
-    needs: frozenset[str],
-) -> dict[str, Tensor]:
-    q, k, v, cu_seqlens_q, cu_seqlens_k = tensors
-    return _gradients(grads, q, k, v, cu_seqlens_q, cu_seqlens_k, options, saved, needs)
-
-
-def _gradients(
-    grads: Grads,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    options: dict[str, Any],
-    saved: Saved,
-    needs: frozenset[str],
-) -> dict[str, Tensor]:
-    o, lse = saved
-    assert o is not None and lse is not None
-    if o.numel() == 0 or k.numel() == 0:
-        return without_pairs(grads, q, k, v, options, lse, needs)
-    call = Call.of(q, k, v, cu_q, cu_k, **{"seqlens_k": None, "mask": None, **options})
-    call = call._replace(kind=call.kind._replace(fold=call.kind.fold or only_scaled(options)))
-    do = torch.zeros_like(o) if grads[0] is None else unit_last(grads[0])
-    dlse = None if len(grads) == 1 else grads[1]
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    # Σ o do has the rounding of o. In half precision that shows where distances magnify it, and in a float32 mask.
-    if q.dtype == torch.float32 or not needs.isdisjoint(("alibi_slopes", "mask")):
-        rest = torch.empty_like(lse)
-        run = _Backward(call, q, k, v, do, lse2, rest, delta, cu_q, cu_k, options)
-        run.terms(lse, dlse)
-    else:
-        run = _Backward(call, q, k, v, do, lse2, None, delta, cu_q, cu_k, options)
-        _row_terms(call, o, do, lse, dlse, lse2, delta)
-    result: dict[str, Tensor] = {}
-    if not needs.isdisjoint("kv"):
-        result["k"], result["v"] = run.dk_dv()
-    slopes = None
-    if "alibi_slopes" in needs:
-        slopes = torch.empty_like(delta)
-    if "q" in needs or slopes is not None:
-        result["q"] = run.dq(slopes)
-    if slopes is not None:
-        result["alibi_slopes"] = per_head(slopes, options["alibi_slopes"])
-    if "sinks" in needs:
-        result["sinks"] = sink_gradient(options["sinks"], lse, delta)
-    if "mask" in needs:
-        result["mask"] = run.dmask(options["mask"])
-    return {name: result[name] for name in needs}
 
 
 def _row_terms(
@@ -127,8 +16,6 @@ def _row_terms(
 ) -> None:
     tiles = kernels("configs").ROW_TERMS
     batch = 1 if call.packed else call.batch
-    if dlse is not None and call.packed:
-        dlse = dlse[None]
     args = (
         o, do, lse, dlse, lse2, delta, strides(o), strides(do), None if dlse is None else dlse.stride(),
         call.heads, call.m, call.kind.dv, kernels("configs").block(call.kind.dv), tiles.block_m,
@@ -138,27 +25,26 @@ def _row_terms(
     call.device.launch(kernels("flash_bwd").row_terms_kernel, (programs,), args, options)
 
 
-class _Backward:
-    """The three kernels over one call's tensors."""
+class Backward:
+    """See gpu_attention_ops.Backward."""
 
     def __init__(
         self,
-        call: Call,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        do: Tensor,
-        lse2: Tensor,
-        rest: Tensor | None,
-        delta: Tensor,
-        cu_q: Tensor | None,
-        cu_k: Tensor | None,
-        options: dict[str, Any],
+        given: AttentionCall,
+        o: Tensor,
+        lse: Tensor,
+        do: Tensor | None,
+        dlse: Tensor | None,
+        exact: bool,
     ) -> None:
-        self.call = call
-        self.inputs = (q, k, v, do, lse2, rest, delta)
+        (q, k, v, cu_q, cu_k, options), call = given, Call.of(*given[:5], **given.options)
+        call = call._replace(kind=call.kind._replace(fold=call.kind.fold or only_scaled(options)))
+        do = torch.zeros_like(o) if do is None else unit_last(do)
+        lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+        self.call, self.lse, self.delta = call, lse, delta
+        self.inputs = (q, k, v, do, lse2, torch.empty_like(lse) if exact else None, delta)
         self.strides = (strides(q), strides(k), strides(v), strides(do))
-        self.rows = forward.lse_strides(lse2)
+        self.rows = lse_strides(lse2)
         self.scores = (call.scale, call.softcap)
         self.factor = options["scale"]
         self.limits = (call.left, call.right)
@@ -172,6 +58,12 @@ class _Backward:
         self.sinks = options["sinks"]
         self.dropout = call.dropout
         self.size = q.element_size()
+        if dlse is not None and call.packed:
+            dlse = dlse[None]
+        if exact:
+            self._by_queries("terms", lse, dlse, None, None)
+        else:
+            _row_terms(call, o, do, lse, dlse, lse2, delta)
 
     def dk_dv(self) -> tuple[Tensor, Tensor]:
         call, (_, k, v, *_) = self.call, self.inputs
@@ -187,11 +79,6 @@ class _Backward:
             "dkdv", kernel, args, k, lambda tiles: call.programs(call.n, heads, tiles.block_n)
         )
         return dk, dv
-
-    def terms(self, lse: Tensor, dlse: Tensor | None) -> None:
-        if dlse is not None and self.call.packed:
-            dlse = dlse[None]
-        self._by_queries("terms", lse, dlse, None, None)
 
     def dq(self, dslopes: Tensor | None) -> Tensor:
         dq = dense_like(self.inputs[0])

@@ -1,51 +1,16 @@
-"""Attention of few queries over a cache on the Triton kernels: what they take, and the call."""
+"""Attention of few queries over a cache on the Triton kernels: the call."""
 
 from __future__ import annotations
 
 from math import gcd
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyfuse.backends import gpu_decode, triton_device
-from pyfuse.backends.gpu_attention import empty_like_q, limits, score_factors, strides
-from pyfuse.backends.triton_attention import precision, why_not_attention
+from pyfuse.backends.gpu_attention import limits, score_factors, strides
+from pyfuse.backends.triton_attention import precision
 from pyfuse.backends.triton_device import kernels
-
-
-def why_not_decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_new: Tensor | None = None,
-    v_new: Tensor | None = None,
-    *,
-    block_table: Tensor | None = None,
-    **_: Any,
-) -> str | None:
-    reason = why_not_attention(q, k_cache, v_cache)
-    return gpu_decode.why_not_pages(k_cache, block_table) if reason is None else reason
-
-
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_new: Tensor | None = None,
-    v_new: Tensor | None = None,
-    *,
-    return_lse: bool = False,
-    **options: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See pyfuse.decode_attention."""
-    o = empty_like_q(q, v_cache.shape[3])
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if return_lse else None
-    if o.numel() > 0:
-        decode_into(o, lse, q, k_cache, v_cache, k_new, v_new, **options)
-        if k_new is not None:
-            torch._C._increment_version((k_cache, v_cache))  # as torch's own in-place writes do
-    return o if lse is None else (o, lse)
 
 
 def decode_into(

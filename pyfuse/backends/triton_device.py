@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from pyfuse.backends.gpu_dropout import Words, words
 
 # Compute capability, 90 for sm_90; on AMD's GPUs the name of the instruction set, "gfx942".
 Arch = int | str
@@ -159,16 +160,15 @@ def kernels(name: str) -> ModuleType:
     return importlib.import_module(f"pyfuse.kernels.{name}")
 
 
-DropoutWords = tuple[int, int, int, float] | tuple[None, None, None, None]
+DropoutWords = Words | tuple[None, None, None, None]
 
 
 def dropout_words(p: float, seed: Tensor | None) -> DropoutWords:
-    """Two signed words of the key, the least 24-bit number that is kept, and 1 / (1 - p); None for no dropout.
+    """Those of the key signed, and None for no dropout.
 
     They go apart into a kernel's arguments: of a tuple's elements Triton compiles those that are 1 as constants."""
-    if p == 0.0:
+    found = words(p, seed)
+    if found is None:
         return None, None, None, None
-    if seed is None:
-        raise ValueError("dropout_seed: got None, but dropout_p > 0 needs int64 (seed, offset)")
-    low, high = ((word & 0xFFFFFFFF ^ 0x80000000) - 0x80000000 for word in seed.tolist())
-    return low, high, math.ceil(p * (1 << 24)), 1.0 / (1.0 - p)
+    low, high = ((word ^ 0x80000000) - 0x80000000 for word in found[:2])
+    return low, high, *found[2:]
