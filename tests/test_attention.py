@@ -145,8 +145,9 @@ def test_same_bits_for_every_layout(target: Target, case: Case) -> None:
     q, k, v = build(case).tensors
     options = build(case).options
     expected = call(target.backend, Inputs((q, k, v), options))
-    # Rows that do not start at multiples of 16 bytes have a CUDA kernel of their own.
-    for layout in ("BHMD", "MBHD", "slice")[: 2 if target.backend == "cuda" else 3]:
+    # Of rows that do not start at multiples of 16 bytes Hopper's copy engine knows nothing: they take another kernel.
+    by_tma = target.backend == "cuda" and target.arch == 90 and q.dtype != torch.float32
+    for layout in ("BHMD", "MBHD") if by_tma else ("BHMD", "MBHD", "slice"):
         a, b, c = (laid_out(x, layout) for x in (q, k, v))
         actual = call(target.backend, Inputs((a, b, c), options))
         numerics.assert_bitwise_equal(actual, expected, layout)
@@ -241,10 +242,15 @@ def test_queries_that_see_nothing(target: Target, dtype: str, sinks: bool) -> No
 def test_options_without_effect(target: Target, dtype: str) -> None:
     inputs = build(Case(dtype=dtype))
     expected = call(target.backend, inputs)
-    # A cap's factors round a score of 8 three times more, and exp makes of that as much, relative to 1.
-    close = {"rtol": 0.0, "atol": 8 * torch.finfo(expected.dtype).eps}
+    close = {"rtol": 0.0, "atol": 4 * torch.finfo(expected.dtype).eps}
+    exact, eager = call("eager", inputs.double()), call("eager", inputs)
     for options in WITHOUT_EFFECT:
         actual = call(target.backend, inputs, **options)
+        numerics.check(actual, exact, eager, str(options))
+        if (
+            target.backend == "cuda"
+        ):  # options are another kernel there, whose sums have another order
+            continue
         torch.testing.assert_close(actual, expected, **close, msg=lambda m, o=options: f"{o}: {m}")
 
 

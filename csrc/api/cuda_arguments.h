@@ -2,6 +2,7 @@
 #pragma once
 #include "api/arguments.h"
 #include "cuda/attention_params.h"
+#include "cuda/attention_tiles.h"
 #include "cuda/launch.h"
 
 namespace pyfuse::cuda {
@@ -60,9 +61,9 @@ inline int head_size(const AttentionCall& p) {
                               std::to_string(largest));
 }
 
-// Whether kernels without options do.
+// Whether kernels without options do, as far as scores go.
 inline bool is_plain(const AttentionCall& p) {
-  return p.aligned && p.scale > 0 && p.softcap == 0 && p.slopes == nullptr && p.mask == nullptr &&
+  return p.scale > 0 && p.softcap == 0 && p.slopes == nullptr && p.mask == nullptr &&
          p.threshold == 0;
 }
 

@@ -6,19 +6,6 @@ namespace py = pybind11;
 namespace pyfuse::cuda {
 namespace {
 
-// As attention_fwd.cu has them.
-struct ForwardTiles {
-  int block_m, shared;
-
-  ForwardTiles(DType dtype, int d, bool plain) {
-    const bool half = size_of(dtype) == 2;
-    const int largest_n = half ? 64 : d <= 64 ? 64 : d == 256 ? 16 : 32;
-    const int block_n = plain ? largest_n : largest_n < 64 ? largest_n : 32;
-    block_m = plain && half && d <= 128 ? 128 : 64;
-    shared = (block_m + 2 * block_n) * d * size_of(dtype) + 128;  // and what its threads share
-  }
-};
-
 // As attention_fwd_hopper.cu has them.
 constexpr int HOPPER_ROWS = 128;  // of queries and of keys
 constexpr int HOPPER_THREADS = 384;
@@ -61,7 +48,8 @@ bool can_be_mapped(const std::vector<TensorMap>& maps) {
 // Makes the launch one of attention_fwd_hopper.cu where that kernel can have the call.
 void prefer_hopper(Launch& launch, const Gpu& gpu, const AttentionCall& p, DType dtype) {
   const int largest = p.d > p.dv ? p.d : p.dv;
-  if (gpu.arch != 90 || !is_plain(p) || size_of(dtype) != 2 || largest <= 32 || largest > 128)
+  if (gpu.arch != 90 || !is_plain(p) || !p.aligned || size_of(dtype) != 2 || largest <= 32 ||
+      largest > 128)
     return;
   const int d = largest <= 64 ? 64 : 128;
   const std::string unit = unit_name("attention_fwd_hopper", dtype, d);
@@ -84,13 +72,13 @@ void attention_forward(const py::tuple& gpu, const py::tuple& call) {
   p.lse = static_cast<float*>(from.address()), from.integers(p.lse_stride);
   const int d = head_size(p);
   const bool plain = is_plain(p);
-  const ForwardTiles tiles(dtype, d, plain);
+  const ForwardTiles tiles(size_of(dtype), d, plain, p.aligned);
   Launch launch;
   launch.unit = unit_name("attention_fwd", dtype, d);
-  launch.entry = plain ? "forward" : "forward_options";
-  launch.grid[0] = block_count(p, p.M, tiles.block_m);
+  launch.entry = !plain ? "forward_options" : p.aligned ? "forward" : "forward_unaligned";
+  launch.grid[0] = block_count(p, p.M, tiles.rows());
   launch.grid[1] = p.heads;
-  launch.shared = tiles.shared;
+  launch.shared = tiles.bytes();
   const Gpu on = read_gpu(gpu);
   prefer_hopper(launch, on, p, dtype);
   const py::gil_scoped_release release;

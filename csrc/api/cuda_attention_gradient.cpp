@@ -6,53 +6,11 @@ namespace py = pybind11;
 namespace pyfuse::cuda {
 namespace {
 
-// A block's rows, warps and bytes of shared memory.
-struct Tiles {
-  int rows, warps, shared;
-};
-
-// As attention_bwd_dkdv.cu has them; rows are keys.
-Tiles key_tiles(DType dtype, int d, bool plain) {
-  const bool half = size_of(dtype) == 2;
-  const int parts = plain && half && d <= 64 ? 2 : 1;
-  const int key_warps = half && (d == 96 || d == 128) ? 8 : !half && d == 256 ? 2 : 4;
-  const int split = d < 256 ? 1 : half ? 2 : 4;
-  const int block_m = d == 256 || (!half && d > 64) ? 16 : 32;
-  const int stages = !half && d == 256 ? 1 : 2;
-  const int rows = 16 * parts * key_warps;
-  const int tiles = 2 * (rows + stages * block_m) * d * size_of(dtype);
-  return {rows, key_warps * split, tiles + stages * 3 * block_m * 4 + 128};
-}
-
-// As attention_bwd_dq.cu has them; rows are queries.
-Tiles query_tiles(DType dtype, int d, bool plain) {
-  const bool half = size_of(dtype) == 2;
-  const int warps = !half && d == 256 ? 2 : 4;
-  const int rows = 16 * (plain && half && d <= 128 ? 2 : 1) * warps;
-  const int block_n = !half && d == 256 ? 16 : 32;
-  return {rows, warps, 2 * (rows + block_n) * d * size_of(dtype) + 128 + rows * 12};
-}
-
-// As attention_bwd_dmask.cu has them; rows are queries, and columns keys.
-struct MaskTiles : Tiles {
-  int columns;
-
-  MaskTiles(DType dtype, int d) {
-    const bool half = size_of(dtype) == 2;
-    warps = !half && d == 256 ? 2 : 4;
-    rows = 16 * warps;
-    columns = d <= (half ? 128 : 64) ? 64 : !half && d == 256 ? 16 : 32;
-    const int total = rows * (columns + 8) * 4;
-    const int tiles = 2 * (rows + columns) * d * size_of(dtype);
-    shared = total > tiles ? total : tiles;
-  }
-};
-
 // Whether kernels without options do: a scale below 0 is no different, as nothing takes a maximum.
 // (Those of half precision pass over a rest: it is far below what their products round.)
 bool is_plain_gradient(AttentionCall p) {
   p.scale = 1.0f;
-  return is_plain(p);
+  return p.aligned && is_plain(p);
 }
 
 // The order is that of pyfuse/backends/cuda_attention_gradient.py.
@@ -74,14 +32,14 @@ AttentionGradient read_gradient(Arguments& from) {
 void launch_by_queries(const Gpu& on, const AttentionGradient& p, DType dtype, const char* entry,
                        bool plain) {
   const int d = head_size(p);
-  const Tiles tiles = query_tiles(dtype, d, plain);
+  const QueryGradientTiles tiles(size_of(dtype), d, plain);
   Launch launch;
   launch.unit = unit_name("attention_bwd_dq", dtype, d);
   launch.entry = entry;
-  launch.grid[0] = block_count(p, p.M, tiles.rows);
+  launch.grid[0] = block_count(p, p.M, tiles.rows());
   launch.grid[1] = p.heads;
-  launch.threads = 32 * tiles.warps;
-  launch.shared = tiles.shared;
+  launch.threads = tiles.threads();
+  launch.shared = tiles.bytes();
   start(on, launch, p);
 }
 
@@ -89,17 +47,17 @@ void launch_by_queries(const Gpu& on, const AttentionGradient& p, DType dtype, c
 void attention_terms(const py::tuple& gpu, const py::tuple& call) {
   Arguments from(call);
   const DType dtype = dtype_of(from.integer());
-  const AttentionGradient p = read_gradient(from);
+  AttentionGradient p = read_gradient(from);
   const Gpu on = read_gpu(gpu);
   const py::gil_scoped_release release;
   if (p.terms.rest != nullptr) return launch_by_queries(on, p, dtype, "terms", false);
   Launch launch;
   launch.unit = std::string("attention_bwd_terms_") + name_of(dtype);
   launch.entry = "row_terms";
-  const int chunks = static_cast<int>(ceil_div(p.dv, 8));
-  const int lanes = chunks > 16 ? 32 : chunks > 8 ? 16 : chunks > 4 ? 8 : 4;
+  const int64_t chunks = ceil_div(p.dv, 8);  // a lane for each, if a warp has them
+  p.row_lanes = chunks > 16 ? 32 : chunks > 8 ? 16 : chunks > 4 ? 8 : 4;
   const int64_t sequences = p.cu_q.data == nullptr ? p.batch : 1;
-  launch.grid[0] = ceil_div(p.M, launch.threads / lanes) * sequences;
+  launch.grid[0] = ceil_div(p.M, launch.threads / p.row_lanes) * sequences;
   launch.grid[1] = p.heads;
   start(on, launch, p);
 }
@@ -112,14 +70,14 @@ void attention_dkdv(const py::tuple& gpu, const py::tuple& call) {
   p.d_v = from.address("dv"), from.integers(p.dv_stride);
   const int d = head_size(p);
   const bool plain = is_plain_gradient(p);
-  const Tiles tiles = key_tiles(dtype, d, plain);
+  const KeyGradientTiles tiles(size_of(dtype), d, plain);
   Launch launch;
   launch.unit = unit_name("attention_bwd_dkdv", dtype, d);
   launch.entry = plain ? "dkdv" : "dkdv_options";
-  launch.grid[0] = block_count(p, p.N, tiles.rows);
+  launch.grid[0] = block_count(p, p.N, tiles.rows());
   launch.grid[1] = p.heads / p.group;
-  launch.threads = 32 * tiles.warps;
-  launch.shared = tiles.shared;
+  launch.threads = tiles.threads();
+  launch.shared = tiles.bytes();
   const Gpu on = read_gpu(gpu);
   const py::gil_scoped_release release;
   start(on, launch, p);
@@ -146,16 +104,16 @@ void attention_dmask(const py::tuple& gpu, const py::tuple& call) {
   p.rows_apart = from.integer() != 0, p.columns_apart = from.integer() != 0;
   from.integers(p.dmask_stride);
   const int d = head_size(p);
-  const MaskTiles tiles(dtype, d);
+  const MaskGradientTiles tiles(size_of(dtype), d);
   Launch launch;
   launch.unit = unit_name("attention_bwd_dmask", dtype, d);
   launch.entry = "dmask";
-  launch.grid[0] = (p.rows_apart ? ceil_div(p.M, tiles.rows) : 1) *
-                   (p.columns_apart ? ceil_div(p.N, tiles.columns) : 1) *
+  launch.grid[0] = (p.rows_apart ? ceil_div(p.M, tiles.rows()) : 1) *
+                   (p.columns_apart ? ceil_div(p.N, tiles.block_n) : 1) *
                    (p.batch / p.sharing_batches);
   launch.grid[1] = p.heads / p.sharing_heads;
-  launch.threads = 32 * tiles.warps;
-  launch.shared = tiles.shared;
+  launch.threads = tiles.threads();
+  launch.shared = tiles.bytes();
   const Gpu on = read_gpu(gpu);
   const py::gil_scoped_release release;
   start(on, launch, p);

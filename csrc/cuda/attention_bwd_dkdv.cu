@@ -12,6 +12,7 @@
 // Compiled once for each ELEMENT (f32, bf16, f16) and HEAD_SIZE, the largest that D and Dv may
 // have: columns beyond them are zeros.
 #include "attention_gradient.cuh"
+#include "attention_tiles.h"
 #include "product.cuh"
 
 namespace pyfuse::cuda {
@@ -35,13 +36,6 @@ struct KeyGradients {
   static constexpr int TERMS = QUERIES + STAGES * STAGE, STAGE_TERMS = 3 * BLOCK_M * 4;
   static constexpr int WORK = TERMS + STAGES * STAGE_TERMS;
   static_assert(SPLIT == 1 || Keys::PANELS % SPLIT == 0);
-
-  /// What the block works on, in shared memory: registers are scarce, and this is seldom looked at.
-  struct Work {
-    Place place;
-    Band band;
-    KeyTiles tiles;  // of queries
-  };
 
   const AttentionGradient& p;
   char* const shared;
@@ -70,7 +64,7 @@ struct KeyGradients {
     if (threadIdx.x == 0) {
       const Band band = band_of(p, place.b, place.others, place.count);
       *reinterpret_cast<Work*>(shared + WORK) = {
-          place, band, query_tiles<BLOCK_M>(band, n0, BLOCK_N, p.mask != nullptr)};
+          place, band, query_tiles<BLOCK_M>(band, n0, BLOCK_N, p.mask != nullptr), n0};
     }
     __syncthreads();
     return true;
@@ -265,21 +259,16 @@ struct KeyGradients {
   }
 };
 
-// As csrc/api/cuda_attention_gradient.cpp has them.
-constexpr bool HALF = sizeof(ELEMENT) == 2;
-constexpr int MT = HALF && HEAD_SIZE <= 64 ? 2 : 1;
-constexpr int KEY_WARPS = HALF && (HEAD_SIZE == 96 || HEAD_SIZE == 128) ? 8
-                          : !HALF && HEAD_SIZE == 256                   ? 2
-                                                                        : 4;
-constexpr int SPLIT = HEAD_SIZE < 256 ? 1 : HALF ? 2 : 4;
-constexpr int BLOCK_M = HEAD_SIZE == 256 || (!HALF && HEAD_SIZE > 64) ? 16 : 32;
-constexpr int STAGES = !HALF && HEAD_SIZE == 256 ? 1 : 2;
-constexpr int THREADS = 32 * KEY_WARPS * SPLIT;
+constexpr KeyGradientTiles TILES(sizeof(ELEMENT), HEAD_SIZE, true);
+constexpr KeyGradientTiles FEWER(sizeof(ELEMENT), HEAD_SIZE, false);
+constexpr int THREADS = TILES.threads();
 
 template <int MT, class Policy>
 DEVICE void run(const AttentionGradient& p) {
   extern __shared__ __align__(1024) char shared[];
-  KeyGradients<ELEMENT, HEAD_SIZE, MT, KEY_WARPS, SPLIT, BLOCK_M, STAGES, Policy>(p, shared).run();
+  KeyGradients<ELEMENT, HEAD_SIZE, MT, TILES.key_warps, TILES.split, TILES.block_m, TILES.stages,
+               Policy>(p, shared)
+      .run();
 }
 
 }  // namespace
@@ -288,13 +277,13 @@ DEVICE void run(const AttentionGradient& p) {
 /// keys.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dkdv(const __grid_constant__ AttentionGradient p) {
-  run<MT, PlainPairs>(p);
+  run<TILES.parts, PlainPairs>(p);
 }
 
 /// Everything else; 16 keys to a warp.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dkdv_options(const __grid_constant__ AttentionGradient p) {
-  run<1, OptionPairs>(p);
+  run<FEWER.parts, OptionPairs>(p);
 }
 
 }  // namespace pyfuse::cuda

@@ -9,17 +9,15 @@
 // Compiled once for each ELEMENT (f32, bf16, f16) and HEAD_SIZE, the largest that D and Dv may
 // have: columns beyond them are zeros.
 #include "attention_gradient.cuh"
+#include "attention_tiles.h"
 #include "product.cuh"
 #include "softmax.cuh"
 
 namespace pyfuse::cuda {
 namespace {
 
-constexpr bool HALF = sizeof(ELEMENT) == 2;
-// As csrc/api/cuda_attention_gradient.cpp has them.
-constexpr int WARPS = !HALF && HEAD_SIZE == 256 ? 2 : 4, THREADS = 32 * WARPS;
-constexpr int BLOCK_M = 16 * WARPS;
-constexpr int BLOCK_N = HEAD_SIZE <= (HALF ? 128 : 64) ? 64 : !HALF && HEAD_SIZE == 256 ? 16 : 32;
+constexpr MaskGradientTiles TILES(sizeof(ELEMENT), HEAD_SIZE);
+constexpr int THREADS = TILES.threads(), BLOCK_M = TILES.rows(), BLOCK_N = TILES.block_n;
 
 template <typename T, int D>
 struct MaskGradient {

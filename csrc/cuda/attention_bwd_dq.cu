@@ -12,41 +12,41 @@
 // Compiled once for each ELEMENT (f32, bf16, f16) and HEAD_SIZE, the largest that D and Dv may
 // have: columns beyond them are zeros.
 #include "attention_query_gradient.cuh"
+#include "attention_tiles.h"
 
 namespace pyfuse::cuda {
 namespace {
 
-// As csrc/api/cuda_attention_gradient.cpp has them.
-constexpr bool HALF = sizeof(ELEMENT) == 2;
-constexpr int MT = HALF && HEAD_SIZE <= 128 ? 2 : 1;
-constexpr int WARPS = !HALF && HEAD_SIZE == 256 ? 2 : 4;
-constexpr int BLOCK_N = !HALF && HEAD_SIZE == 256 ? 16 : 32;
+constexpr QueryGradientTiles TILES(sizeof(ELEMENT), HEAD_SIZE, true);
+constexpr QueryGradientTiles FEWER(sizeof(ELEMENT), HEAD_SIZE, false);
+constexpr int THREADS = TILES.threads();
 
 template <int MT, class Policy, Gives GIVES>
 DEVICE void run(const AttentionGradient& p) {
   extern __shared__ __align__(1024) char shared[];
-  QueryGradients<ELEMENT, HEAD_SIZE, MT, WARPS, BLOCK_N, Policy, GIVES>(p, shared).run();
+  QueryGradients<ELEMENT, HEAD_SIZE, MT, TILES.warps, TILES.block_n, Policy, GIVES>(p, shared)
+      .run();
 }
 
 }  // namespace
 
 /// Aligned rows and nothing between product and softmax but a scale. Grid: blocks of queries,
 /// heads.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dq(const __grid_constant__ AttentionGradient p) {
-  run<MT, PlainPairs, Gives::dq>(p);
+  run<TILES.parts, PlainPairs, Gives::dq>(p);
 }
 
 /// Everything else; 16 queries to a warp.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     dq_options(const __grid_constant__ AttentionGradient p) {
-  run<1, OptionPairs, Gives::dq>(p);
+  run<FEWER.parts, OptionPairs, Gives::dq>(p);
 }
 
 /// lse2, rest and delta, with any options; 16 queries to a warp.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     terms(const __grid_constant__ AttentionGradient p) {
-  run<1, OptionPairs, Gives::terms>(p);
+  run<FEWER.parts, OptionPairs, Gives::terms>(p);
 }
 
 }  // namespace pyfuse::cuda

@@ -25,12 +25,11 @@ DEVICE float product_of_chunks(const ELEMENT* x, const ELEMENT* y) {
 
 }  // namespace
 
-/// Grid: blocks of rows of each sequence (of all of them where they are packed), heads. The lanes
-/// of a row are a power of 2, as many as a row has chunks if a warp has them.
+/// Grid: blocks of rows of each sequence (of all of them where they are packed), heads.
 extern "C" __global__ void __launch_bounds__(THREADS)
     row_terms(const __grid_constant__ AttentionGradient p) {
   const int chunks = (p.dv + PER_CHUNK - 1) / PER_CHUNK;
-  const int lanes = chunks > 16 ? 32 : chunks > 8 ? 16 : chunks > 4 ? 8 : 4;
+  const int lanes = p.row_lanes;
   const int rows = THREADS / lanes, blocks = (p.M + rows - 1) / rows;
   const int row = blockIdx.x % blocks * rows + threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int h = blockIdx.y, batch = blockIdx.x / blocks;

@@ -9,6 +9,7 @@
 //
 // Compiled once for each ELEMENT (f32, bf16, f16) and HEAD_SIZE, the largest that D and Dv may
 // have: columns beyond them are zeros.
+#include "attention_tiles.h"
 #include "product.cuh"
 #include "sequence.cuh"
 #include "softmax.cuh"
@@ -16,8 +17,7 @@
 namespace pyfuse::cuda {
 namespace {
 
-constexpr int WARPS = 4;
-constexpr int THREADS = 32 * WARPS;
+constexpr int WARPS = ForwardTiles::WARPS, THREADS = 32 * WARPS;
 
 /// MT times 16 rows a warp: two of them share each operand that is read of K and V, as long as o
 /// (32 MT D / 64 registers) leaves room.
@@ -74,7 +74,7 @@ struct Forward {
   /// Start copying rows of K or V, at this thread's part of key n's on, into their tile.
   template <bool EDGE>
   DEVICE void load(int tile, const char* from, int64_t row, int d, int n) const {
-    if (Policy::FOLD || p.aligned) {
+    if (Policy::ALIGNED || p.aligned) {
       Copy::template start<BLOCK_N, EDGE>(shared_address(shared) + tile, from, row, d * sizeof(T),
                                           work.band.end - n);
     } else {
@@ -88,7 +88,7 @@ struct Forward {
     const int64_t row = p.q_stride[2] * int64_t(sizeof(T));
     using Copy = Copier<Queries, THREADS>;
     const int inside = work.place.count - work.m0;
-    if (Policy::FOLD || p.aligned) {
+    if (Policy::ALIGNED || p.aligned) {
       Copy::template start<BLOCK_M, true>(shared_address(shared), Copy::part(q, row), row,
                                           p.d * sizeof(T), inside);
     } else {
@@ -213,21 +213,19 @@ struct Forward {
     T* to = static_cast<T*>(p.o) + place.batch * p.o_stride[0] + h() * p.o_stride[1] +
             (place.row + first) * p.o_stride[2];
     write_rows<T, Queries>(shared, warp_row(), WARP_M, to, p.o_stride[2], p.dv, place.count - first,
-                           Policy::FOLD || p.aligned);
+                           Policy::ALIGNED || p.aligned);
   }
 };
 
-template <class Kernel>
+constexpr ForwardTiles ALIGNED(sizeof(ELEMENT), HEAD_SIZE, true, true);
+constexpr ForwardTiles ANYWHERE(sizeof(ELEMENT), HEAD_SIZE, true, false);
+constexpr ForwardTiles OPTIONS(sizeof(ELEMENT), HEAD_SIZE, false, false);
+
+template <int MT, int BLOCK_N, class Policy>
 DEVICE void run(const AttentionForward& p) {
   extern __shared__ __align__(1024) char shared[];
-  Kernel(p, shared).run();
+  Forward<ELEMENT, HEAD_SIZE, MT, BLOCK_N, Policy>(p, shared).run();
 }
-
-constexpr int MT = sizeof(ELEMENT) == 2 && HEAD_SIZE <= 128 ? 2 : 1;
-constexpr int BLOCK_N = sizeof(ELEMENT) == 2 ? 64
-                        : HEAD_SIZE <= 64    ? 64
-                        : HEAD_SIZE == 256   ? 16
-                                             : 32;
 
 }  // namespace
 
@@ -235,14 +233,20 @@ constexpr int BLOCK_N = sizeof(ELEMENT) == 2 ? 64
 /// queries, heads.
 extern "C" __global__ void __launch_bounds__(THREADS, sizeof(ELEMENT) == 4 ? 2 : 1)
     forward(const __grid_constant__ AttentionForward p) {
-  run<Forward<ELEMENT, HEAD_SIZE, MT, BLOCK_N, Plain>>(p);
+  run<ALIGNED.parts, ALIGNED.block_n, Plain<true>>(p);
 }
 
-/// Everything else; 64 queries to a block. Two blocks to a multiprocessor are said, so that no
+/// The same of rows that lie anywhere, to the same bits; 16 queries to a warp.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    forward_unaligned(const __grid_constant__ AttentionForward p) {
+  run<ANYWHERE.parts, ANYWHERE.block_n, Plain<false>>(p);
+}
+
+/// Everything else; 16 queries to a warp. Two blocks to a multiprocessor are said, so that no
 /// register is held back for more.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     forward_options(const __grid_constant__ AttentionForward p) {
-  run < Forward<ELEMENT, HEAD_SIZE, 1, BLOCK_N<64 ? BLOCK_N : 32, Options>>(p);
+  run<OPTIONS.parts, OPTIONS.block_n, Options>(p);
 }
 
 }  // namespace pyfuse::cuda

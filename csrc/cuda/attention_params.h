@@ -53,7 +53,8 @@ struct AttentionGradient : AttentionCall {
   float* d_slopes;        // each query's share, laid out as terms; null: not wanted
   int64_t o_stride[3], do_stride[3], dlse_stride[3], dq_stride[3], dk_stride[3], dv_stride[3];
   RowTerms terms;
-  float factor;  // d(score) / d(q·k)
+  float factor;       // d(score) / d(q·k)
+  int32_t row_lanes;  // of attention_bwd_terms.cu: so many, a power of 2, share a row
 
   // The mask's gradient [b, h, m, n], each element of which is shared by so many sequences and
   // heads, and, where they are not `apart`, by all rows or columns.

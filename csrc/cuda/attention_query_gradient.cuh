@@ -21,16 +21,9 @@ struct QueryGradients {
   static constexpr int STEPS = D * sizeof(T) / 32;
   static constexpr int QUERIES = 0, GRADS = Queries::BYTES, KEYS = 2 * Queries::BYTES;
   static constexpr int VALUES = KEYS + Keys::BYTES;  // where they start in shared memory
-  static constexpr int WORK = VALUES + Keys::BYTES, TERMS = WORK + 128;
+  static constexpr int WORK = VALUES + Keys::BYTES, TERMS = WORK + WORK_BYTES;
   // Of larger heads q and do are read again for every tile: registers are too few to keep them.
   static constexpr bool KEEP = sizeof(T) == 2 && MT * D <= 128 && Policy::FOLD;
-
-  /// What the block works on, in shared memory: registers are scarce, and this is seldom looked at.
-  struct Work {
-    Place place;
-    Band band;
-    KeyTiles tiles;
-  };
 
   const AttentionGradient& p;
   char* const shared;
@@ -49,7 +42,7 @@ struct QueryGradients {
   DEVICE QueryGradients(const AttentionGradient& p, char* shared)
       : p(p),
         shared(shared),
-        work(*reinterpret_cast<const Work*>(shared + WORK)),
+        work(Work::of<BLOCK_M, BLOCK_N>(p, reinterpret_cast<Work*>(shared + WORK))),
         base(shared_address(shared)),
         lane(lane_address<Keys>(base)),
         row_lane(lane_address_of_rows<Keys>(base)),
@@ -57,16 +50,11 @@ struct QueryGradients {
 
   /// Find this block's work and start loading what is its own; false if there is none.
   DEVICE bool begin() {
-    const int blocks = (p.M + BLOCK_M - 1) / BLOCK_M;
-    // Where causal, the blocks that see most keys first.
-    const int x = static_cast<int>(blockIdx.x);
-    const int index = p.cu_q.data != nullptr ? x : x / blocks * blocks + (blocks - 1 - x % blocks);
-    const Place place = place_of<BLOCK_M>(p, false, index, blocks);
+    const Place place = work.place;
     h = blockIdx.y;
-    m0 = place.block * BLOCK_M;
+    m0 = work.m0;
     if (place.nothing || m0 >= place.count) return false;
     m = m0 + threadIdx.x / 32 * WARP_M + threadIdx.x % 32 / 4;
-    const Band band = band_of(p, place.b, place.count, place.others);
     k_row = p.k_stride[2] * int64_t(sizeof(T)), v_row = p.v_stride[2] * int64_t(sizeof(T));
     k = Copy::part(row_of<T>(p.k, p.k_stride, place.batch, h / p.group, place.other), k_row);
     v = Copy::part(row_of<T>(p.v, p.v_stride, place.batch, h / p.group, place.other), v_row);
@@ -75,10 +63,6 @@ struct QueryGradients {
     load_own(place, GRADS, p.d_o, p.do_stride, p.dv);
     cp_async_commit();
     load_terms(place.count);
-    if (threadIdx.x == 0) {
-      const auto tiles = KeyTiles::of<BLOCK_N>(band, m0, BLOCK_M, p.mask != nullptr);
-      *reinterpret_cast<Work*>(shared + WORK) = {place, band, tiles};
-    }
     __syncthreads();
     return true;
   }

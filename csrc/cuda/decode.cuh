@@ -4,6 +4,7 @@
 
 #include "attention_decode.h"
 #include "mask.cuh"
+#include "softmax.cuh"
 
 namespace pyfuse::cuda {
 
@@ -45,21 +46,6 @@ struct Part {
 
 /// 2^(m - top) for a row's maxima; 0 of what saw no key.
 DEVICE float weight_of(float m, float top) { return m == -INFINITY ? 0.0f : exp2_approx(m - top); }
-
-/// What the sums l and o of a row's weights are multiplied by for the result, and its lse. A sink
-/// (in units of log 2; -inf: none) is a key without a value.
-struct Finish {
-  float factor, lse;
-
-  DEVICE Finish(float m, float l, float sink) {
-    const bool none = l == 0.0f;
-    const float base = none ? sink : fmaxf(m, sink);
-    const float share = none ? 0.0f : exp2_approx(m - base);
-    const float sum = fmaf(l, share, sink == -INFINITY ? 0.0f : exp2_approx(sink - base));
-    lse = sum == 0.0f ? -INFINITY : fmaf(base, 0.69314718f, logf(sum));
-    factor = none ? 0.0f : share / sum;
-  }
-};
 
 DEVICE float sink_of(const AttentionDecode& p, int h) {
   return p.sinks == nullptr ? -INFINITY : p.sinks[h] * LOG2E;

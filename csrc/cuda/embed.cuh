@@ -20,10 +20,10 @@ struct Sources {
 
   DEVICE Sources(const EmbedCall& p, int t) {
     if (t >= p.tokens) return;
-    const int64_t own = integer_at(p.token.ids, t);
+    const int64_t own = element(p.token.ids, t);
     int64_t at = t % p.length, kind = 0;
-    if (p.position.ids.data != nullptr) at = integer_at(p.position.ids, at);
-    if (p.segment.rows >= 0) kind = integer_at(p.segment.ids, t);
+    if (p.position.ids.data != nullptr) at = element(p.position.ids, at);
+    if (p.segment.rows >= 0) kind = element(p.segment.ids, t);
     place = static_cast<uint64_t>(at);
     const bool known = has(p.token, own) && (p.position.rows < 0 || has(p.position, at)) &&
                        (p.segment.rows < 0 || has(p.segment, kind));

@@ -56,15 +56,10 @@ class Kernels {
     int device = 0;
     check(cudaGetDevice(&device), launch, "asking for the current GPU");
     const std::lock_guard lock(mutex_);
-    auto& library = libraries_[launch.unit];
-    if (library == nullptr) {
-      const auto status = cudaLibraryLoadData(&library, unit_named(launch).fatbin, nullptr, nullptr,
-                                              0, nullptr, nullptr, 0);
-      check(status, launch, "loading its code");
-    }
     auto& kernel = kernels_[{launch.unit, launch.entry}];
     if (kernel == nullptr)
-      check(cudaLibraryGetKernel(&kernel, library, launch.entry.c_str()), launch, "finding it");
+      check(cudaLibraryGetKernel(&kernel, library(launch), launch.entry.c_str()), launch,
+            "finding it");
     int& allowed = shared_[{kernel, device}];
     if (launch.shared > allowed) {
       const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
@@ -76,6 +71,16 @@ class Kernels {
   }
 
  private:
+  cudaLibrary_t library(const Launch& launch) {
+    auto& loaded = libraries_[launch.unit];
+    if (loaded == nullptr) {
+      const auto status = cudaLibraryLoadData(&loaded, unit_named(launch).fatbin, nullptr, nullptr,
+                                              0, nullptr, nullptr, 0);
+      check(status, launch, "loading its code");
+    }
+    return loaded;
+  }
+
   std::mutex mutex_;
   std::map<std::string, cudaLibrary_t> libraries_;
   std::map<std::pair<std::string, std::string>, cudaKernel_t> kernels_;

@@ -8,14 +8,11 @@
 
 #include "attention_params.h"
 #include "dropout.cuh"
+#include "integers.cuh"
 
 namespace pyfuse::cuda {
 
 constexpr float LOG2E = 1.4426950408889634f;
-
-DEVICE int64_t element(const Integers& x, int64_t i) {
-  return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
-}
 
 /// The keys that queries see: those before `end` within a band around the query's own place.
 struct Band {
@@ -86,8 +83,9 @@ DEVICE float tanh_accurate(float x) {
 }
 
 /// Nothing between the product and the softmax but the scale, which the softmax applies itself.
+template <bool ROWS_ARE_ALIGNED>
 struct Plain {
-  static constexpr bool FOLD = true;  // the scale is positive and left to the softmax
+  static constexpr bool ALIGNED = ROWS_ARE_ALIGNED;  // or else looked at when the kernel runs
 
   DEVICE Plain(const AttentionCall&, const Band&, int, int) {}
   DEVICE float scale(const AttentionCall& p) const { return p.scale; }
@@ -100,7 +98,7 @@ struct Plain {
 /// Every option, each looked at when the kernel runs: softcap, ALiBi, a mask, dropout; and any
 /// scale.
 struct Options {
-  static constexpr bool FOLD = false;
+  static constexpr bool ALIGNED = false;
 
   Band band;
   int b, h;

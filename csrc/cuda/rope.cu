@@ -49,7 +49,7 @@ DEVICE int64_t angles_of(const RopeCall& p, int token) {
   const int64_t b = token / p.M, m = token % p.M;
   int64_t row = m;
   if (p.positions.data != nullptr) {
-    row = integer_at(p.positions, b * p.position_stride[0] + m * p.position_stride[1]);
+    row = element(p.positions, b * p.position_stride[0] + m * p.position_stride[1]);
     if (row < 0 || row >= p.table_rows) return -1;
   }
   return b * p.table_stride[0] + row * p.table_stride[1];

@@ -1,6 +1,7 @@
 // Which rows a block of threads works on: of one head of a batch, or of one packed sequence.
 #pragma once
 
+#include "attention_tiles.h"
 #include "mask.cuh"
 
 namespace pyfuse::cuda {
@@ -78,12 +79,12 @@ DEVICE Band band_of(const AttentionCall& p, int b, int M, int N) {
   return {M, N, end, p.left, p.right};
 }
 
-/// What all threads of a block know, in shared memory: registers are for o.
+/// What all threads of a block know, in shared memory: registers are for sums.
 struct Work {
   Place place;
   Band band;
-  KeyTiles tiles;
-  int m0;
+  KeyTiles tiles;  // of keys that its queries see, or of queries that see its keys
+  int m0;          // its first row
 
   template <int BLOCK_M, int BLOCK_N>
   static DEVICE const Work& of(const AttentionCall& p, Work* shared) {
@@ -102,6 +103,7 @@ struct Work {
     return *shared;
   }
 };
+static_assert(sizeof(Work) <= WORK_BYTES);
 
 /// Row `row` of head (batch, h).
 template <typename T>

@@ -22,6 +22,23 @@ DEVICE float over_row(float x, Combine combine) {
   return combine(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+constexpr float LN2 = 0.69314718f;
+
+/// What the sums l and o of a row's weights are multiplied by for the result, and its lse. A sink
+/// (in units of log 2; -inf: none) is a key without a value.
+struct Finish {
+  float factor, lse;
+
+  DEVICE Finish(float m, float l, float sink) {
+    const bool none = l == 0.0f;
+    const float base = none ? sink : fmaxf(m, sink);
+    const float share = none ? 0.0f : exp2_approx(m - base);
+    const float sum = fmaf(l, share, sink == -INFINITY ? 0.0f : exp2_approx(sink - base));
+    lse = sum == 0.0f ? -INFINITY : fmaf(base, LN2, logf(sum));
+    factor = none ? 0.0f : share / sum;
+  }
+};
+
 /// The running maxima and sums of a warp's 16 MT rows.
 template <int MT>
 struct Softmax {
@@ -98,11 +115,9 @@ struct Softmax {
       float inverse[2];
       for (int row = 0; row < 2; ++row) {
         const float keys = over_row(l[i][row], [](float x, float y) { return x + y; });
-        const float base = keys == 0.0f ? sink : fmaxf(pivot[i][row], sink);
-        const float share = keys == 0.0f ? 0.0f : exp2_approx(pivot[i][row] - base);
-        const float sum = fmaf(keys, share, sink == -INFINITY ? 0.0f : exp2_approx(sink - base));
-        lse[i][row] = sum == 0.0f ? -INFINITY : fmaf(base, LN2, logf(sum));
-        inverse[row] = keys == 0.0f ? 0.0f : share * factor / sum;
+        const Finish finish(pivot[i][row], keys, sink);
+        lse[i][row] = finish.lse;
+        inverse[row] = finish.factor * factor;
       }
 #pragma unroll
       for (int n = 0; n < OUT; ++n) {
@@ -112,8 +127,6 @@ struct Softmax {
   }
 
  private:
-  static constexpr float LN2 = 0.69314718f;
-
   /// Take new maxima, and shrink what was summed up for the old ones.
   template <class Shrink>
   DEVICE void rise(const float (&top)[MT][2], float scale, Shrink shrink) {

@@ -2,7 +2,7 @@
 // numbers in shared memory, from which lanes read their neighbours without conflicts.
 #pragma once
 
-#include "integers.h"
+#include "integers.cuh"
 #include "primitives.cuh"
 
 namespace pyfuse::cuda {
@@ -63,11 +63,6 @@ struct Vector {
     }
   }
 };
-
-/// x[i] of int32 or int64 numbers.
-DEVICE int64_t integer_at(const Integers& x, int64_t i) {
-  return x.wide ? static_cast<const int64_t*>(x.data)[i] : static_cast<const int32_t*>(x.data)[i];
-}
 
 /// Floats in shared memory, of which lanes read P neighbours each, in accesses of 16 bytes at most.
 /// With two of them for a lane the first ones and the second ones lie apart: then neither the lanes

@@ -193,7 +193,7 @@ def _layer_norm_gradients(
 
 
 _FLASH = ("flash_fwd.cu", "flash_softmax.cuh", "primitives.cuh")
-_SM90 = ("flash_fwd_sm90.cu", "wgmma.cuh", "primitives_sm90.cuh", *_FLASH[1:])
+_SM90 = ("flash_fwd_sm90.cu", "copy_engine.cuh", "wgmma.cuh", "primitives_sm90.cuh", *_FLASH[1:])
 _NORM = ("layer_norm.cu", "primitives.cuh")
 _NORM_HALVES = "LAYER_NORM_ENTRY(bf16, bf16)\nLAYER_NORM_ENTRY(fp16, fp16)\n"
 

@@ -4,6 +4,7 @@
 // One block computes 128 rows of one head. The first of its three warpgroups has one thread at
 // work, which starts the copies of tiles of K and V into two stages each; the other two multiply,
 // 64 rows each. While the product with V runs for one tile, they work on the softmax of the next.
+#include "copy_engine.cuh"
 #include "flash_softmax.cuh"
 #include "wgmma.cuh"
 

@@ -1,7 +1,7 @@
 // Small kernels for sm_90 and later, each about one way of moving data: TMA tiles, bulk copies,
 // barriers in shared memory and clusters. Tiles leave shared memory as they lie there, swizzle
 // included, so that a test sees what the copy engine wrote.
-#include "primitives_sm90.cuh"
+#include "copy_engine.cuh"
 
 namespace {
 
