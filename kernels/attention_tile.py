@@ -159,7 +159,7 @@ def with_mask(s, seen, mask):
     if mask.dtype == tl.int1:
         seen = seen & mask
     else:
-        bias = mask.to(tl.float32)
-        s = s + bias * LOG2E
+        bias = mask.to(tl.float32) * LOG2E  # finfo(float32).min overflows and hides as -inf
+        s = s + bias
         seen = seen & (bias != float("-inf"))
     return s, seen

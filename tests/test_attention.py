@@ -179,13 +179,18 @@ HIDING: dict[str, dict[str, Any]] = {
             torch.arange(111) > torch.arange(65)[:, None], -INF
         )
     },
+    "lowest-mask": {
+        "mask": torch.zeros(65, 111).masked_fill(
+            torch.arange(111) > torch.arange(65)[:, None], torch.finfo(torch.float32).min
+        )
+    },
 }
 
 
 def visible(options: dict[str, Any], batch: int, m: int, n: int) -> Tensor:
     """[B, 1, M, N], by the rule of the loops."""
     mask = options.get("mask", torch.tensor(True))
-    mask = mask if mask.dtype == torch.bool else mask > -INF
+    mask = mask if mask.dtype == torch.bool else mask == 0
     lengths = options.get("seqlens_k", torch.full((batch,), n)).tolist()
     band = options.get("window", (None, None))
     causal = options.get("causal", False)
@@ -233,6 +238,33 @@ def test_queries_that_see_nothing(target: Target, dtype: str, sinks: bool) -> No
     expected = inputs.options["sinks"][:, None] if sinks else torch.tensor(-INF)
     torch.testing.assert_close(lse[empty], expected.to(lse.dtype).expand(2, 4, 70)[empty])
     assert lse[~empty].isfinite().all()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["", "softcap"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "f64"])
+def test_the_lowest_numbers_of_a_mask_hide(
+    target: Target, dtype: str, softcap: float | None
+) -> None:
+    """finfo.min, Hugging Face's other way to hide, in some keys and in whole rows: every bit, gradients
+    included, is that of -inf, and none is NaN."""
+    inputs = build(Case(dtype=dtype))
+    keep = torch.rand(65, 111, generator=torch.Generator().manual_seed(4)) > 1 / 3
+    keep[[0, 17, 64]] = False
+    mask_dtype = torch.float32 if dtype == "f16" else inputs.tensors[0].dtype
+
+    def results(hiding: float) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs.tensors]
+        mask = torch.zeros(65, 111, dtype=mask_dtype).masked_fill(~keep, hiding).requires_grad_()
+        options = {"mask": mask, "softcap": softcap, "return_lse": True}
+        o, lse = call(target.backend, Inputs(leaves, options))
+        o.float().square().sum().backward()
+        return [o.detach(), lse.detach(), *(x.grad for x in (*leaves, mask) if x.grad is not None)]
+
+    actual, expected = results(torch.finfo(mask_dtype).min), results(-INF)
+    names = ("o", "lse", "dq", "dk", "dv", "dmask")
+    for name, one, other in zip(names, actual, expected, strict=True):
+        numerics.assert_bitwise_equal(one, other, name)
+        assert not one.isnan().any(), name
 
 
 # Identities ---------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_hopper_s_forward(dtype: str, d: int, issue: int) -> None:
     assert loop.count("FSEL") <= 2  # no masks
     assert code.body.count("UTMALDG") == 3 * d // 64  # q, and in a loop k and v, by 64 columns
     # The softmax runs behind the product with the values: nothing of it once that is waited for, up to the next.
-    opcodes = [code.instructions[i].opcode for i in sorted(code._main_loop)]
+    opcodes = [code.instructions[i].opcode for i in sorted(code.main_loop_places)]
     waits = [i for i, x in enumerate(opcodes) if x.startswith("WARPGROUP.DEPBAR")]
     powers = [i for i, x in enumerate(opcodes) if x.startswith("MUFU.EX2")]
     assert len(waits) == 2 and len(powers) >= 64 and min(powers) > waits[1]

@@ -2,6 +2,9 @@
 // ALiBi, masks. Shared by the tiled and the few-queries kernel; the formulas and their order are
 // DESIGN's.
 #pragma once
+
+#include <cfloat>
+
 #include "cpu/isa.h"
 #include "cpu/vec_math.h"
 
@@ -75,15 +78,18 @@ inline void hide_outside(int64_t lo, int64_t hi, int64_t width, C* s) {
 }
 
 // Turns the raw products s[0..width) of query m with keys n, n+1, ... into scores: scale, softcap,
-// bias, ALiBi (only if has_score_terms), then -inf for every key that the query does not see.
-// `row` is scratch of the same width; width is a multiple of the vector width. cap_slope, where
-// wanted, takes the derivative of the capped by the uncapped score, 0 for a hidden key.
+// bias, ALiBi (only if has_score_terms), then -inf for every key that the query does not see. A
+// bias that no float holds in units of log 2 hides, as finfo(float32).min does: the exponentials
+// would take the difference of two infinities. `row` is scratch of the same width; width is a
+// multiple of the vector width. cap_slope, where wanted, takes the derivative of the capped by the
+// uncapped score, 0 for a hidden key.
 template <class C>
 void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, KeyRange range,
                    int64_t n, int64_t width, C* s, C* row, C* cap_slope = nullptr) {
   typedef typename Vec<C>::type V;
   constexpr int W = Vec<C>::width;
   const V hidden = splat(-static_cast<C>(INFINITY));
+  const V lowest = splat(static_cast<C>(-FLT_MAX / log2_e));
   const bool terms = has_score_terms(p);
   if (!terms && p.mask == nullptr) return hide_outside(range.lo - n, range.hi - n, width, s);
   const C scale = static_cast<C>(p.scale), cap = static_cast<C>(p.softcap);
@@ -111,7 +117,7 @@ void finish_scores(const AttentionParams& p, int64_t b, int64_t h, int64_t m, Ke
     if (p.mask != nullptr) {
       // Selected, not only added: a NaN score of a hidden key must not survive.
       const V bias = outside ? hidden : load(row + j);
-      x = bias == hidden ? hidden : x + bias;
+      x = bias <= lowest ? hidden : x + bias;
     }
     x = outside ? hidden : x;
     store(s + j, x);

@@ -30,8 +30,15 @@ struct Forward {
   using Keys = Tile<T, D, BLOCK_N>;
   using Copy = Copier<Keys, THREADS>;
   static constexpr int STEPS = D * sizeof(T) / 32;
-  // Of larger heads the queries are read again for every tile: registers are too few to keep them.
-  static constexpr bool KEEP_QUERIES = sizeof(T) == 2 && MT * D <= 128;
+  // Operands of the queries that stay in registers: all, or of larger heads as many as o leaves
+  // room for. The others are read again for every tile.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int ROOM = 0;  // here one more would spill
+#else
+  static constexpr int ROOM = 1;
+#endif
+  static constexpr bool ALL = sizeof(T) == 2 && MT * D <= 128;
+  static constexpr int KEPT = ALL ? MT * STEPS : MT == 1 ? 0 : D < 128 ? 4 : ROOM;
 
   const AttentionForward& p;
   // Where they start, and what all threads share.
@@ -44,7 +51,7 @@ struct Forward {
 
   float o[MT][OUT][4] = {};
   Softmax<MT> softmax;
-  Operand<T> kept_queries[KEEP_QUERIES ? STEPS : 1][MT];
+  Operand<T> kept[KEPT > 0 ? KEPT : 1];
 
   DEVICE Forward(const AttentionForward& p, char* shared)
       : p(p),
@@ -115,13 +122,11 @@ struct Forward {
     forget(own_lane);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
-      if constexpr (KEEP_QUERIES) {
-        multiply_rows<T, Keys>(s, kept_queries[i], row_lane, KEYS, i);
-      } else {
-        Operand<T> q[MT];
-        read_queries(q, own_lane, i);
-        multiply_rows<T, Keys>(s, q, row_lane, KEYS, i);
-      }
+      Operand<T> q[MT];
+#pragma unroll
+      for (int j = 0; j < MT; ++j)
+        q[j] = MT * i + j < KEPT ? kept[MT * i + j] : query(own_lane, i, j);
+      multiply_rows<T, Keys>(s, q, row_lane, KEYS, i);
     }
     cp_async_wait<0>();
     __syncthreads();  // the values are there for all, and nobody reads keys any more
@@ -151,10 +156,9 @@ struct Forward {
     }
   }
 
-  static DEVICE void read_queries(Operand<T> (&q)[MT], uint32_t own_lane, int step) {
-#pragma unroll
-    for (int i = 0; i < MT; ++i)
-      q[i] = left_operand<T, Queries>(own_lane, i * 16 * Queries::ROW, step);
+  /// Of this warp's queries 16 j … 16 j + 15, the columns of `step`.
+  static DEVICE Operand<T> query(uint32_t own_lane, int step, int j) {
+    return left_operand<T, Queries>(own_lane, j * 16 * Queries::ROW, step);
   }
 
   DEVICE void run() {
@@ -164,11 +168,11 @@ struct Forward {
     cp_async_commit();
     int n = tiles.start<BLOCK_N>(0);
     if (tiles.tiles > 0) load<true>(KEYS, keys(n), k_row, p.d, n);
-    if constexpr (KEEP_QUERIES) {
+    if constexpr (KEPT > 0) {
       cp_async_wait<0>();
       __syncthreads();
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) read_queries(kept_queries[i], own_lane, i);
+      for (int i = 0; i < KEPT; ++i) kept[i] = query(own_lane, i / MT, i % MT);
     }
     int left = tiles.tiles - tiles.edges;
     for (int i = 0; i < tiles.edges; ++i) {

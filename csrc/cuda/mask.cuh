@@ -53,7 +53,8 @@ struct KeyTiles {
   }
 };
 
-/// One element of a mask as what is added to a score in units of log 2; -inf hides.
+/// One element of a mask as what is added to a score in units of log 2; -inf hides, and so does a
+/// bias that overflows here, as finfo(float32).min.
 DEVICE float bias_at(const AttentionCall& p, const void* start, int64_t place) {
   switch (p.mask_kind) {
     case -1:

@@ -6,11 +6,14 @@ that causal, window and ALiBi compare them directly.
 
 from __future__ import annotations
 
+import math
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_LOWEST = torch.finfo(torch.float32).min / math.log2(math.e)
 
 
 class Positions(NamedTuple):
@@ -64,8 +67,9 @@ def four_dims(mask: Tensor) -> Tensor:
 
 
 def allowed_by(mask: Tensor) -> Tensor:
-    """Where a bool mask is True, or an additive one does not forbid with -inf."""
-    return mask if mask.dtype == torch.bool else mask != float("-inf")
+    """Where a bool mask is True, or an additive one does not forbid: with -inf, or with a number that no float32
+    holds in units of log 2, as kernels count scores."""
+    return mask if mask.dtype == torch.bool else ~(mask.float() <= _LOWEST)
 
 
 def all_of(conditions: list[Tensor]) -> Tensor | None:

@@ -49,7 +49,8 @@ def attention(
       float16), one device, any strides that are 1 in the last dimension. Hq is a multiple of Hk:
       query head h reads key head h // (Hq / Hk). Any size may be 0. torch.autocast casts them.
     mask: broadcastable to [B, Hq, M, N], never expanded. bool: True where the query may attend.
-      In q's dtype or float32: added (-inf hides), and differentiable. Other dtypes raise.
+      In q's dtype or float32: added, and differentiable. -inf hides, and so does what is below
+      -2.35e38, such as the lowest float32 or bfloat16. Other dtypes raise.
     causal: query i sees no key beyond i + N - M, so that the last query sees the last key.
     window: (left, right): of the keys around i + N - M it sees at most `left` before and `right`
       after it; -1 or None is no limit on that side. An int w is the last w keys, the aligned one

@@ -68,13 +68,17 @@ def natural_loops(code: Sequence[Instruction]) -> list[frozenset[int]]:
 
 
 def skippable(code: Sequence[Instruction], loop: frozenset[int]) -> list[range]:
-    """The basic blocks of a loop that a round of it may pass by."""
+    """The basic blocks of a loop that a round of it may pass by.
+
+    A round ends with an edge back to the loop's own head: what lies behind the only exit of an inner loop is passed in
+    every round, however often that inner one goes around.
+    """
     starts, follows = _blocks(code)
     dominators = _dominators(follows)
     ends = [*starts[1:], len(code)]
     inside = [b for b, start in enumerate(starts) if start in loop]
-    backward = [b for b in inside for head in follows[b] if dominators[b] >> head & 1]
-    latches = [b for b in backward if set(follows[b]) & set(inside)]
+    heads = [head for head in inside if all(dominators[b] >> head & 1 for b in inside)]
+    latches = [b for b in inside if set(follows[b]) & set(heads)]
     return [
         range(starts[b], ends[b])
         for b in inside

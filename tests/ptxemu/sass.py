@@ -89,24 +89,25 @@ class Code:
 
         Loops that only wait (no tensor-core instruction) may lie inside of one that works. Empty if nothing loops.
         """
-        return self._mix(self._main_loop)
+        return self._mix(self.main_loop_places)
 
     @property
     def usual_loop(self) -> Mix:
         """The main loop without blocks that it may pass by and that only compute (no memory, no tensor cores), such as
         the correction of an online softmax: what is issued in the rounds that pass them by."""
         rare: set[int] = set()
-        for block in skippable(self.instructions, self._main_loop):
+        for block in skippable(self.instructions, self.main_loop_places):
             opcodes = {self.instructions[i].opcode.partition(".")[0] for i in block}
-            if not opcodes & {*MMA, "LDGSTS", "LDSM", "LDG", "LDS", "STG", "STS"}:
+            if not opcodes & {*MMA, "UTMALDG", "LDGSTS", "LDSM", "LDG", "LDS", "STG", "STS"}:
                 rare.update(block)
-        return self._mix(self._main_loop - rare)
+        return self._mix(self.main_loop_places - rare)
 
     def _mix(self, places: Iterable[int]) -> Mix:
         return Mix(Counter(self.instructions[i].opcode for i in places))
 
     @property
-    def _main_loop(self) -> frozenset[int]:
+    def main_loop_places(self) -> frozenset[int]:
+        """Positions of the main loop in `instructions`."""
         loops = natural_loops(self.instructions)
         mixes = {loop: self._mix(loop) for loop in loops}
         working = [loop for loop in loops if mixes[loop].mma] or loops

@@ -11,7 +11,7 @@ import torch
 
 from ptxemu import nvcc_run, sass, triton_run
 from ptxemu.budgets import Budget, load_budgets
-from ptxemu.flow import Instruction, Label, Line, link, natural_loops
+from ptxemu.flow import Instruction, Label, Line, link, natural_loops, skippable
 
 BUDGETS = load_budgets()
 
@@ -176,6 +176,17 @@ def test_loops_of_control_flow() -> None:
     # Two ways into a cycle: neither instruction is passed on all ways, so it is no natural loop.
     assert natural_loops(chain((2,), (), (1,))) == []
     assert natural_loops(()) == []
+
+
+def test_what_a_round_may_pass_by() -> None:
+    code = chain((), (1,), (4,), (), (0,))  # a wait for itself, a jump over 3, and the round's end
+    assert natural_loops(code) == [{1}, {0, 1, 2, 3, 4}]
+    assert skippable(code, natural_loops(code)[1]) == [range(3, 4)]
+    assert skippable(code, natural_loops(code)[0]) == []
+    # Either of two ways may be passed by, whichever ends the round.
+    code = chain((), (3,), (0,), (0,), ends=(2,))
+    assert skippable(code, natural_loops(code)[-1]) == [range(2, 3), range(3, 4)]
+    assert skippable(code, frozenset()) == []
 
 
 def test_labels_are_linked() -> None:
