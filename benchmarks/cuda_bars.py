@@ -90,7 +90,7 @@ def _shared() -> Iterator[Bar]:
 def _global() -> Iterator[Bar]:
     """Sectors against each input read and each output written once; blocks have as many rows as in large calls."""
     import pyfuse
-    from pyfuse.backends import cuda_norm_gradient
+    from pyfuse.backends import cuda_norm_gradient, gpu_chip
 
     rows, d = 400, 768
     x, residual, w, b = (
@@ -129,7 +129,7 @@ def _global() -> Iterator[Bar]:
         y, z = pyfuse.layer_norm(x, w, b, residual=residual, prenorm=True, backend="cuda")
         torch.autograd.backward((y, z), (torch.ones_like(y), torch.ones_like(z)))
 
-    one = patch.dict(cuda_norm_gradient.MULTIPROCESSORS, {80: 1})
+    one = patch.dict(gpu_chip.MULTIPROCESSORS, {80: 1})
     with one, patch.object(cuda_norm_gradient, "AT_ONCE", 1):
         # Forward: x, residual, y, z; backward: z, dy, dz, dx (of both). Mean and 1/σ are written, then read.
         once = 8 * _nbytes(x) + 2 * (2 * 4 * rows) + _nbytes(w, b) + _nbytes(w, w, b)

@@ -115,6 +115,7 @@ def _global() -> Iterator[Bar]:
     multiprocessor, where a program has as many rows as in a large call on a large one."""
     from unittest.mock import patch
 
+    from pyfuse.backends import gpu_chip
     from pyfuse.backends.triton_device import kernels
 
     norm_configs, position_configs = kernels("norm_configs"), kernels("position_configs")
@@ -122,7 +123,7 @@ def _global() -> Iterator[Bar]:
     plans = [plan for plan in plans if hasattr(plan, "cache_clear")]
     for plan in plans:
         plan.cache_clear()
-    one = patch.dict(norm_configs.MULTIPROCESSORS, {80: 1})
+    one = patch.dict(gpu_chip.MULTIPROCESSORS, {80: 1})
     with one, patch.object(position_configs, "MULTIPROCESSORS", 1):
         yield from _norms()
         yield from _positions()

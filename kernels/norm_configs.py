@@ -14,13 +14,8 @@ from typing import Any
 
 from pyfuse.kernels.configs import Arch, block, triton_options
 
-# Multiprocessors (AMD: compute units) of the largest chip of a kind. On a smaller one some programs run after the
-# others: their number, and with it the order of sums, must depend on sizes and architecture alone.
-MULTIPROCESSORS: dict[Arch, int] = {
-    80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 103: 160, 120: 188, 121: 48,
-    "gfx90a": 110, "gfx942": 304, "gfx950": 256,
-}  # fmt: skip
-USUAL = 128
+from pyfuse.backends.gpu_chip import multiprocessors
+
 REGISTERS, AMD_REGISTERS = 65536, 131072  # of 32 bits, of a multiprocessor
 
 # Elements of a tile per thread: in bfloat16 two 16-byte loads that are under way.
@@ -84,7 +79,7 @@ def budget(threads: int, need: int, arch: Arch) -> tuple[int, dict[str, Any]]:
     """(programs that run at once, options) where each of so many threads needs so many registers."""
     amd = isinstance(arch, str)
     at_once = max(1, (AMD_REGISTERS if amd else REGISTERS) // (threads * need))
-    programs = at_once * MULTIPROCESSORS.get(arch, USUAL)
+    programs = at_once * multiprocessors(arch)
     if amd:  # warps of 64 lanes, and no such option
         return programs, triton_options(threads // 64)
     spare = min(255, REGISTERS // (threads * at_once) // 8 * 8)

@@ -24,7 +24,7 @@ from ptxemu import Report
 from torch import Tensor
 
 import pyfuse
-from pyfuse.backends import cuda_device, cuda_norm_gradient
+from pyfuse.backends import cuda_device, cuda_norm_gradient, gpu_chip
 
 if cuda_device._cuda is None:
     pytest.skip("pyfuse._cuda is not built", allow_module_level=True)
@@ -45,7 +45,7 @@ def small_gpu(
 ) -> Iterator[CudaOfCpuTensors]:
     """Each block has many rows, as in large calls on a GPU with many multiprocessors."""
     monkeypatch.setattr(device, "multiprocessors", 1)
-    monkeypatch.setitem(cuda_norm_gradient.MULTIPROCESSORS, 80, 1)
+    monkeypatch.setitem(gpu_chip.MULTIPROCESSORS, 80, 1)
     monkeypatch.setattr(cuda_norm_gradient, "AT_ONCE", 1)
     yield device
 

@@ -27,7 +27,7 @@ from ptxemu.sass import Code
 from torch import Tensor
 
 import pyfuse
-from pyfuse.backends import triton_device
+from pyfuse.backends import gpu_chip, triton_device
 from pyfuse.backends.triton_device import Arch
 
 pytest.importorskip("triton")
@@ -85,7 +85,7 @@ def one_multiprocessor() -> Iterator[None]:
     """Each program has many rows, as in large calls on a GPU with many."""
     plans = (norm_configs.forward, norm_configs.backward, norm_configs.parameter_sums)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(norm_configs.MULTIPROCESSORS, 80, 1)
+        patch.setitem(gpu_chip.MULTIPROCESSORS, 80, 1)
         for plan in plans:
             plan.cache_clear()
         yield

@@ -3,6 +3,7 @@
 
 #include "api/cuda_arguments.h"
 #include "cuda/embed_params.h"
+#include "cuda/planes.h"
 
 namespace py = pybind11;
 
@@ -69,16 +70,11 @@ int threads_of_row(int d, int unit, int parts) {
   return threads;
 }
 
-// Floats of Planes<V> (vector.cuh).
-int64_t planes(int v, int64_t count) {
-  return v <= 4 ? (count + 3) / 4 * 4 : v / 4 * ((count / (v / 4) + 31) / 32 * 32 + 16);
-}
-
 // Bytes of what a block keeps of `columns` columns: `vectors` of the norm's, and angles' steps.
-int shared_bytes(const EmbedCall& p, int unit, int vectors, int64_t columns) {
-  int64_t floats = 64 + vectors * planes(unit, columns);
-  if (p.turns != nullptr) floats += planes(unit == 1 ? 2 : unit, (columns + 1) / 2 * 2);
-  return static_cast<int>(4 * floats);
+int shared_bytes(const EmbedCall& p, int unit, int vectors, int columns) {
+  int floats = vectors * planes_size(unit, columns);
+  if (p.turns != nullptr) floats += planes_size(unit == 1 ? 2 : unit, (columns + 1) / 2 * 2);
+  return 4 * floats;
 }
 
 // The order is that of pyfuse/backends/cuda_embed.py.
@@ -96,13 +92,13 @@ void embed(const py::tuple& gpu, const py::tuple& call) {
   p.threads = threads_of_row(p.d, unit, parts);
   const bool wide = norm && p.threads > MOST_THREADS;
   p.threads = std::min(p.threads, norm ? MOST_THREADS : BLOCK);
-  const int64_t columns = wide ? 0 : std::min(p.d, p.threads * unit * parts);
+  const int columns = wide ? 0 : std::min(p.d, p.threads * unit * parts);
   Launch launch;
   launch.unit = std::string("embed_") + name_of(dtype);
   launch.entry = std::string("gather") + (norm ? "_norm" : "") + (wide ? "_wide" : "") +
                  (aligned ? "" : "_elements");
   launch.threads = std::max(BLOCK, p.threads);
-  launch.shared = wide ? 64 * 4 : shared_bytes(p, unit, norm ? 2 : 0, columns);
+  launch.shared = wide ? 0 : shared_bytes(p, unit, norm ? 2 : 0, columns);
   // As many blocks as run at once: each reads what all tokens share.
   const int64_t resident =
       on.processors * (norm ? MOST_THREADS : 2 * MOST_THREADS) / launch.threads;
@@ -137,14 +133,14 @@ void embed_through_norm(const py::tuple& gpu, const py::tuple& call) {
   launch.unit = std::string("embed_bwd_") + name_of(dtype);
   if (p.dsum != nullptr && threads > MOST_THREADS) {  // of wide rows, dsum apart from the sums
     launch.entry = std::string("through_norm_wide") + kind;
-    launch.threads = MOST_THREADS, launch.shared = shared_bytes(p, unit, 0, 0);
+    launch.threads = MOST_THREADS;
     launch.grid[0] = std::min<int64_t>(p.tokens, 4 * on.processors);
     start(on, launch, p);
     p.dsum = nullptr;
     if (p.sums == nullptr) return;
   }
   p.threads = std::min(threads, p.dsum == nullptr ? BLOCK : MOST_THREADS);
-  const int64_t columns = std::min(p.d, p.threads * unit * parts);
+  const int columns = std::min(p.d, p.threads * unit * parts);
   launch.entry = std::string("through_norm") + kind;
   launch.threads = std::max(BLOCK, p.threads);
   launch.shared = shared_bytes(p, unit, p.dsum != nullptr, columns);

@@ -26,10 +26,10 @@ struct Gather {
 
   DEVICE Gather(const EmbedForward& p, float* shared)
       : p(p),
-        threads(p.threads, shared),
+        threads(p.threads),
         first(blockIdx.y * p.threads * V * N),
         last(min(first + p.threads * V * N, p.d)),
-        common(shared + RowThreads::SHARED, NORM ? 2 : 0, last - first) {
+        common(shared, NORM ? 2 : 0, last - first) {
     common.fill(p, NORM ? 2 : 0, first, last - first);
   }
 
@@ -107,7 +107,7 @@ struct GatherWide {
   const EmbedForward& p;
   RowThreads threads;
 
-  DEVICE GatherWide(const EmbedForward& p, float* shared) : p(p), threads(blockDim.x, shared) {}
+  DEVICE GatherWide(const EmbedForward& p, float*) : p(p), threads(blockDim.x) {}
 
   DEVICE void run() {
     for (uint32_t t = blockIdx.x; t < p.tokens; t += gridDim.x) {

@@ -4,11 +4,10 @@
 
 #include "dropout.cuh"
 #include "embed_params.h"
+#include "row_sum.cuh"
 #include "vector.cuh"
 
 namespace pyfuse::cuda {
-
-DEVICE float not_a_number() { return __int_as_float(0x7fffffff); }
 
 /// The rows that a token takes. If an id is outside of its table, none is read, and its factor
 /// makes the sum NaN.
@@ -27,7 +26,7 @@ struct Sources {
     place = static_cast<uint64_t>(at);
     const bool known = has(p.token, own) && (p.position.rows < 0 || has(p.position, at)) &&
                        (p.segment.rows < 0 || has(p.segment, kind));
-    factor = known ? p.scale : not_a_number();
+    factor = known ? p.scale : NAN;
     if (!known) return;
     token = row(p.token, own);
     if (p.position.rows >= 0) position = row(p.position, at);
@@ -205,27 +204,17 @@ struct Common {
 
 /// The threads of a block as those of rows: `size` of them to a row, next to each other.
 struct RowThreads {
-  static constexpr int SHARED = 2 * 32;  // floats that sums of rows take
   const int size, row, index;
-  float* const shared;
-  int side = 0;
+  RowSum<1> sums;
 
-  DEVICE RowThreads(int size, float* shared)
-      : size(size), row(threadIdx.x / size), index(threadIdx.x % size), shared(shared) {}
+  DEVICE explicit RowThreads(int size)
+      : size(size), row(threadIdx.x / size), index(threadIdx.x % size), sums(size) {}
 
-  /// Σ over the threads of a row, the same in all of them. All threads of the block call it.
+  /// Σ over the threads of a row. All threads of the block call it.
   DEVICE float sum(float x) {
-    for (int distance = min(size, 32) / 2; distance > 0; distance /= 2)
-      x += __shfl_xor_sync(~0u, x, distance);
-    if (size <= 32) return x;
-    float* const parts = shared + side * 32;  // the other side may still be being read
-    side ^= 1;
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
-    __syncthreads();
-    const int warps = size / 32;
-    x = 0.f;
-    for (int i = 0; i < warps; ++i) x += parts[row * warps + i];
-    return x;
+    float s[1] = {x};
+    sums.add(s);
+    return s[0];
   }
 };
 

@@ -43,10 +43,10 @@ struct ThroughNorm {
 
   DEVICE ThroughNorm(const EmbedBackward& p, float* shared)
       : p(p),
-        threads(p.threads, shared),
+        threads(p.threads),
         first(blockIdx.y * p.threads * V * N),
         last(min(first + p.threads * V * N, p.d)),
-        common(shared + RowThreads::SHARED, p.dsum != nullptr, last - first) {
+        common(shared, p.dsum != nullptr, last - first) {
     common.fill(p, p.dsum != nullptr, first, last - first);
   }
 
@@ -123,8 +123,7 @@ struct ThroughWideNorm {
   const EmbedBackward& p;
   RowThreads threads;
 
-  DEVICE ThroughWideNorm(const EmbedBackward& p, float* shared)
-      : p(p), threads(blockDim.x, shared) {}
+  DEVICE ThroughWideNorm(const EmbedBackward& p, float*) : p(p), threads(blockDim.x) {}
 
   DEVICE void run() {
     for (uint32_t t = blockIdx.x; t < p.tokens; t += gridDim.x) {

@@ -60,8 +60,6 @@ DEVICE float angle(const void* table, bool f32, int64_t at) {
   return f32 ? static_cast<const float*>(table)[at] : to_float(static_cast<const T*>(table)[at]);
 }
 
-DEVICE float no_angle() { return __int_as_float(0x7fffffff); }
-
 /// The part of a lane in one tensor: `step` elements further on is the next head that it has.
 template <typename T>
 struct Heads {
@@ -126,8 +124,8 @@ struct Turn {
       const int64_t at = angles_of(p, lane.first_token + i);
       for (int j = lane.index; j < pairs; j += 32) {
         const int to = i * pairs + j;
-        cos.at(to) = at < 0 ? no_angle() : angle<T>(p.cos, p.table_f32, at + j);
-        sin.at(to) = at < 0 ? no_angle() : p.sign * angle<T>(p.sin, p.table_f32, at + j);
+        cos.at(to) = at < 0 ? NAN : angle<T>(p.cos, p.table_f32, at + j);
+        sin.at(to) = at < 0 ? NAN : p.sign * angle<T>(p.sin, p.table_f32, at + j);
       }
     }
     __syncwarp();
@@ -211,8 +209,8 @@ struct TurnElements {
     const int64_t angles = angles_of(p, lane.token);
     const Heads<T> q(p, p.part[0], 0, lane), k(p, p.part[1], p.part[0].heads, lane);
     for (int i = lane.chunk; i < p.r / 2; i += p.lanes) {
-      const float c = angles < 0 ? no_angle() : angle<T>(p.cos, p.table_f32, angles + i);
-      const float s = angles < 0 ? no_angle() : p.sign * angle<T>(p.sin, p.table_f32, angles + i);
+      const float c = angles < 0 ? NAN : angle<T>(p.cos, p.table_f32, angles + i);
+      const float s = angles < 0 ? NAN : p.sign * angle<T>(p.sin, p.table_f32, angles + i);
       turn(q, i, c, s);
       turn(k, i, c, s);
     }

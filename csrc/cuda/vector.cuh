@@ -3,6 +3,7 @@
 #pragma once
 
 #include "integers.cuh"
+#include "planes.h"
 #include "primitives.cuh"
 
 namespace pyfuse::cuda {
@@ -78,9 +79,7 @@ struct Planes {
   DEVICE Planes(float* data, int count) : data(data), plane(size(count) / PARTS) {}
 
   /// How many floats `count` of them take.
-  static __host__ __device__ constexpr int size(int count) {
-    return PARTS == 1 ? (count + 3) / 4 * 4 : PARTS * ((count / PARTS + 31) / 32 * 32 + 16);
-  }
+  static DEVICE constexpr int size(int count) { return planes_size(P, count); }
 
   DEVICE float& at(int i) const {
     return data[PARTS == 1 ? i : i % P / EACH * plane + i / P * EACH + i % EACH];

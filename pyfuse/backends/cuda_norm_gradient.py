@@ -8,12 +8,9 @@ from torch import Tensor
 from pyfuse.backends import cuda_device
 from pyfuse.backends.cuda_device import DTYPE, address
 from pyfuse.backends.cuda_norm import call_arguments, read, written
+from pyfuse.backends.gpu_chip import multiprocessors
 from pyfuse.backends.gpu_norm import Flow, Inputs
 
-# Multiprocessors of the largest chip of a kind. The blocks among which rows are divided, and with them the order of the
-# parameters' sums, depend on sizes and architecture alone.
-MULTIPROCESSORS = {80: 108, 86: 84, 87: 16, 89: 142, 90: 132, 100: 148, 103: 160, 120: 188, 121: 48}
-USUAL = 128
 AT_ONCE = 2  # blocks of a multiprocessor
 LEAST = 8192  # elements of x that are worth another block, which writes d sums for each parameter
 # A thread adds so many rows to its sums; with more the rounding of float32 would show. A block goes through as many
@@ -52,7 +49,7 @@ def write_gradients(given: Inputs, flow: Flow, out: dict[str, Tensor]) -> None:
 
 
 def block_count(size: int, d: int, arch: int) -> int:
-    """Among how many blocks the rows are divided: `size` elements."""
-    at_once = AT_ONCE * MULTIPROCESSORS.get(arch, USUAL)
+    """Among how many blocks the rows are divided: `size` elements. The order of the parameters' sums follows it."""
+    at_once = AT_ONCE * multiprocessors(arch)
     least = -(-size // (MOST_ROWS * max(d, TILE)))
     return min(size // d, -(-size // LEAST), max(at_once, least))
