@@ -12,10 +12,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def kernels_of(unit: str, arch: str) -> dict[str, sass.Sass]:
-    """By the names of their entries; arch as nvcc has it: "80", "90a". Code of all units but Hopper's own is assembled
-    from PTX for sm_80."""
-    source, options, built = cuda_device.module().units()[unit]
-    virtual = None if built == "sm_90a" else "80"
-    number = arch if virtual is None else arch.rstrip("af")
+    """By the names of their entries; arch as nvcc has it: "80", "90a". Assembled from the PTX that the build makes for it:
+    that of the latest architecture up to this one."""
+    source, options, ptx = cuda_device.module().units()[unit]
+    if ptx == arch:
+        virtual, number = None, arch
+    else:
+        number = arch.rstrip("af")
+        virtual = max((x for x in ptx.split() if int(x) <= int(number)), key=int)
     cubin = nvcc_run.compile_cubin(ROOT / source, number, None, options.split(), virtual)
     return sass.read_cubin(cubin)

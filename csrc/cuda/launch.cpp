@@ -167,7 +167,7 @@ std::string why_no_gpu() {
 py::dict list_units() {
   py::dict all;
   for (size_t i = 0; i < unit_count; ++i) {
-    all[units[i].name] = py::make_tuple(units[i].source, units[i].options, units[i].archs);
+    all[units[i].name] = py::make_tuple(units[i].source, units[i].options, units[i].ptx);
   }
   return all;
 }

@@ -4,8 +4,9 @@
 
 namespace pyfuse::cuda {
 
+/// ptx: the architectures for which PTX was made, which is assembled for these and later GPUs.
 struct Unit {
-  const char *name, *source, *options, *archs;
+  const char *name, *source, *options, *ptx;
   const void* fatbin;
 };
 
