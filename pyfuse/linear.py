@@ -11,7 +11,6 @@ Which one is a matter of measurement: :func:`plan` times the three on the very s
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,6 +18,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import (
+    linear as torch_linear,  # also where override_torch has put another there
+)
 
 from pyfuse.backends.cpu_linear import (
     ACTIVATION,
@@ -28,16 +30,17 @@ from pyfuse.backends.cpu_linear import (
     rows_together,
     why_not_linear,
 )
+from pyfuse.calibration import take_turns, winner
 
 # Numbers of rows that are measured; a call takes the choice made for the next larger one.
 ROWS = (1, 2, 4, 8, 16, 64, 256)
 HARDLY_ANY_ROWS = 2  # up to here the rows kernel reads as much as the packed one and computes less
 FEW_ROWS = 64  # beyond, reading W only once is no merit any more
 COLD_ROWS = 8  # up to here the weight is read from memory, as in a model, where it is not cached
-MIN_ROUNDS, STILL_ROUNDS, MAX_ROUNDS, SECONDS = 3, 4, 60, 0.3
+SECONDS = 0.3  # for each number of rows
+WORTH_IT = 0.95  # of torch's time: less gain than this is noise
 MAX_FLOPS = 4e9  # a larger product is not timed, it behaves as the largest one that was
 COLD_BYTES = 40 * 2**20  # of copies of W that stand in for the rest of the model
-WORTH_IT = 0.95  # of torch's time: less gain than this is noise
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -85,7 +88,10 @@ class _Trial:
 
     def __init__(self, n: int, k: int, dtype: torch.dtype) -> None:
         self.dtype, self.k = dtype, k
-        weight = torch.randn(n, k).to(dtype)
+        self.generator = torch.Generator("cpu").manual_seed(
+            0
+        )  # not the one that a program's own numbers come from
+        weight = torch.randn(n, k, generator=self.generator, device="cpu").to(dtype)
         copies = min(15, COLD_BYTES // max(weight.numel() * weight.element_size(), 1))
         self.weights = [weight, *(weight.clone() for _ in range(copies))]
         able = why_not_linear(weight) is None
@@ -94,39 +100,18 @@ class _Trial:
 
     def run(self, rows: int, activation: str | None) -> dict[str, float]:
         """Best milliseconds of each way for one product with this many rows."""
-        x = torch.randn(rows, self.k).to(self.dtype)
+        x = torch.randn(rows, self.k, generator=self.generator, device="cpu").to(self.dtype)
         count = len(self.weights) if rows <= COLD_ROWS else 1
         calls: dict[str, Callable[[], object]] = {
             "torch": lambda: [
-                _finish(F.linear(x, w), activation, None, None) for w in self.weights[:count]
+                _finish(torch_linear(x, w), activation, None, None) for w in self.weights[:count]
             ]
         }
         if self.packed and rows > HARDLY_ANY_ROWS:
             calls["packed"] = lambda: [w(x, activation) for w in self.packed[:count]]
         if self.rows and rows <= FEW_ROWS:
             calls["rows"] = lambda: [w(x, activation) for w in self.rows[:count]]
-        return {way: ms / count for way, ms in _take_turns(calls).items()}
-
-
-def _take_turns(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Best milliseconds of each call, run in turns until none of them has got faster for a while.
-
-    On a quiet machine that is soon; on one that others use too, it takes as many rounds as it needs, within limits.
-    """
-    best = dict.fromkeys(calls, float("inf"))
-    began, still = time.perf_counter(), 0
-    for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and (still >= STILL_ROUNDS or time.perf_counter() - began > SECONDS):
-            break
-        still += 1
-        for way, call in calls.items():
-            start = time.perf_counter()
-            call()
-            ms = (time.perf_counter() - start) * 1e3
-            if ms < 0.98 * best[way]:
-                still = 0
-            best[way] = min(best[way], ms)
-    return best
+        return {way: ms / count for way, ms in take_turns(calls, SECONDS).items()}
 
 
 @cache
@@ -144,8 +129,7 @@ def calibrate(
                 ways.append(ways[-1])
                 continue
             best = milliseconds[rows] = trial.run(rows, activation)
-            winner = min(best, key=best.__getitem__)
-            ways.append(winner if best[winner] < WORTH_IT * best["torch"] else "torch")
+            ways.append(winner(best, WORTH_IT))
     return Choice(tuple(ways), milliseconds)
 
 
@@ -240,7 +224,7 @@ class PackedLinear:
         if activation not in ACTIVATION:
             known = ", ".join(str(name) for name in ACTIVATION)
             raise ValueError(f"activation: got {activation!r}, needs one of {known}")
-        y = _finish(F.linear(x, *self._stock), activation, multiply, residual)
+        y = _finish(torch_linear(x, *self._stock), activation, multiply, residual)
         return y if out is None else out.copy_(y)
 
 

@@ -255,6 +255,14 @@ def test_layers_of_one_input_together(ways: str, rows: int, dtype: torch.dtype) 
         numerics.assert_bitwise_equal(y, layer(x, activation=activation), str(activation))
 
 
+def test_calibration_leaves_the_programs_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.randn(3)
+    torch.manual_seed(7)
+    calibrate(33, 47, torch.float32, 1)
+    assert torch.equal(torch.randn(3), expected)
+
+
 def test_planning_for_an_activation_calibrates_with_it() -> None:
     w = torch.randn(65, 111)
     layer = plan(w, activation="gelu")

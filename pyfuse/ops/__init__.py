@@ -4,6 +4,8 @@ from pyfuse.ops import _library  # noqa: F401  an exported program that is loade
 from pyfuse.ops.attention import attention, varlen_attention
 from pyfuse.ops.decode import decode_attention
 from pyfuse.ops.embed import embed
+from pyfuse.ops.linear import linear
+from pyfuse.ops.linear_cross_entropy import linear_cross_entropy
 from pyfuse.ops.norm import layer_norm, rms_norm
 from pyfuse.ops.position import alibi_slopes, rope_frequencies, sinusoidal_encoding
 from pyfuse.ops.rope import rope, rope_pair
@@ -15,6 +17,8 @@ __all__ = [
     "decode_attention",
     "embed",
     "layer_norm",
+    "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "rope",
     "rope_frequencies",
