@@ -1,8 +1,8 @@
 """Every promised figure, measured side by side in one run: figure, target, met or missed.
 
     make bars                               all of them (about 30 minutes on 2 cores)
-    python -m benchmarks.bars speed text    some groups only: kernels, speed, text, never_slower, install, tests,
-                                            emulator, triton, cuda, cuda_build
+    python -m benchmarks.bars speed text    some groups only: kernels, loss, modules, speed, text, never_slower,
+                                            install, tests, emulator, triton, cuda, cuda_build
 
 Whatever is compared runs in turns in one process: absolute times of a shared machine mean little, these ratios repeat.
 
@@ -30,7 +30,15 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here needs a network
 
 import pyfuse
-from benchmarks import attention_bars, cuda_bars, emulator_bars, layer_bars, triton_bars
+from benchmarks import (
+    attention_bars,
+    cuda_bars,
+    emulator_bars,
+    layer_bars,
+    loss_bars,
+    module_bars,
+    triton_bars,
+)
 from benchmarks.bar import Bar
 from pyfuse.cli import machine, measure
 from pyfuse.cli.comparison import PROMPTS
@@ -233,6 +241,8 @@ def tests() -> Iterator[Bar]:
 
 GROUPS: dict[str, Callable[[], Iterator[Bar]]] = {
     "kernels": kernels,
+    "loss": loss_bars.loss,
+    "modules": module_bars.modules,
     "speed": speed,
     "text": text,
     "never_slower": never_slower,

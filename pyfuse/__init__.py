@@ -6,6 +6,7 @@ Hugging Face model; ``explain`` says which kernel runs for given arguments, and 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from pyfuse.dispatch import explain, use_backend
@@ -25,7 +26,9 @@ from pyfuse.ops import (
 )
 
 if TYPE_CHECKING:
+    from pyfuse import compat, nn
     from pyfuse.hf import Receipt, accelerate
+    from pyfuse.nn.override import override_torch
 
 __version__ = "0.1.0"
 
@@ -34,10 +37,13 @@ __all__ = [
     "accelerate",
     "alibi_slopes",
     "attention",
+    "compat",
     "decode_attention",
     "embed",
     "explain",
     "layer_norm",
+    "nn",
+    "override_torch",
     "rms_norm",
     "rope",
     "rope_frequencies",
@@ -50,9 +56,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Hugging Face transformers takes seconds to import: only those who accelerate a model pay for it.
+    # What not every program needs is imported by those that do: Hugging Face transformers alone takes seconds.
     if name in ("Receipt", "accelerate"):
-        from pyfuse import hf
-
-        return getattr(hf, name)
+        return getattr(importlib.import_module("pyfuse.hf"), name)
+    if name == "override_torch":
+        return importlib.import_module("pyfuse.nn.override").override_torch
+    if name in ("compat", "nn"):
+        return importlib.import_module(f"pyfuse.{name}")
     raise AttributeError(f"module 'pyfuse' has no attribute {name!r}")

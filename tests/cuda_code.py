@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def kernels_of(unit: str, arch: str) -> dict[str, sass.Sass]:
-    """By the names of their entries; arch as nvcc has it: "80", "90a". Assembled from the PTX that the build makes for it:
-    that of the latest architecture up to this one."""
+    """By the names of their entries; arch as nvcc has it: "80", "90a". Assembled as in the build, from the PTX for the
+    latest architecture up to this one."""
     source, options, ptx = cuda_device.module().units()[unit]
     if ptx == arch:
         virtual, number = None, arch

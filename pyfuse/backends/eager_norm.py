@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pyfuse.philox import dropout_mask
 
@@ -60,7 +59,7 @@ def layer_norm(
     acc = accumulate_dtype(z.dtype)
     w = None if weight is None else weight.to(acc)
     b = None if bias is None else bias.to(acc)
-    y = F.layer_norm(z.to(acc), (x.shape[-1],), w, b, eps).to(x.dtype)
+    y = torch.layer_norm(z.to(acc), (x.shape[-1],), w, b, eps).to(x.dtype)
     return (y, z) if prenorm else y
 
 

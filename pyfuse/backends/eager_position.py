@@ -83,5 +83,5 @@ def embed(
         e = e + F.embedding(segment_ids, segment_weight).to(acc)
     if norm_weight is not None:
         b = None if norm_bias is None else norm_bias.to(acc)
-        e = F.layer_norm(e, (d,), norm_weight.to(acc), b, eps)
+        e = torch.layer_norm(e, (d,), norm_weight.to(acc), b, eps)
     return dropout(e, dropout_p, dropout_seed).to(weight.dtype)

@@ -1,0 +1,1 @@
+"""Operations of flash-attn below its layers."""

@@ -1,0 +1,104 @@
+"""What the layers of encoder and decoder share: the sum with its norm, the feed-forward block, causal masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+
+from pyfuse import ops
+from pyfuse.nn import _fallbacks
+from pyfuse.nn._suits import why_not_norm, why_not_tensors
+from pyfuse.nn.attention import MultiheadAttention
+from pyfuse.nn.layers import LayerNorm, Linear, RMSNorm
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+    nn.MultiheadAttention: MultiheadAttention,
+}
+
+
+def adopt(module: nn.Module) -> None:
+    """Give every submodule of torch's own type the type that it has here.
+
+    Constructors are torch's, so that parameters are drawn in its order: the same seed, the same values.
+    """
+    for part in module.modules():
+        ours = OURS.get(type(part))
+        if ours is not None:
+            part.__class__ = ours
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call runs more than its forward, so that no fused form may go around it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+        or module_hooks._global_backward_hooks
+        or module_hooks._global_backward_pre_hooks
+    )
+
+
+def norm_of_sum(
+    update: Tensor, x: Tensor, dropout: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """(norm(z), z) of z = x + dropout(update): in one pass where the modules are plain ones."""
+    p = _fused_dropout(update, x, dropout, norm)
+    if p is None:
+        z = x + dropout(update)
+        return norm(z), z
+    assert isinstance(norm, nn.LayerNorm)
+    _fallbacks.ran("layer_norm")
+    return ops.layer_norm(
+        update, norm.weight, norm.bias, norm.eps, residual=x, prenorm=True, dropout_p=p
+    )
+
+
+def _fused_dropout(update: Tensor, x: Tensor, dropout: nn.Module, norm: nn.Module) -> float | None:
+    """dropout's p in this call, if sum and norm can be one operation; else None."""
+    if type(dropout) is not nn.Dropout or type(norm) not in (nn.LayerNorm, LayerNorm):
+        return None
+    assert isinstance(norm, nn.LayerNorm)
+    if len(norm.normalized_shape) != 1 or hooked(dropout) or hooked(norm):
+        return None
+    if x.shape != update.shape or x.dtype != update.dtype or dropout.p >= 1.0:
+        return None
+    if why_not_tensors((x, update)) is not None:
+        return None
+    if why_not_norm(update, norm.normalized_shape, norm.eps, norm.weight, norm.bias) is not None:
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def feed_forward(layer: Any, x: Tensor) -> Tensor:
+    """linear2(dropout(activation(linear1(x))))"""
+    y: Tensor = layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    return y
+
+
+def is_causal_mask(mask: Tensor | None, is_causal: bool | None, size: int | None) -> bool:
+    """Whether a stack of layers may take its mask for the causal one. Where the caller does not say, it is compared."""
+    if is_causal is not None:
+        return is_causal
+    if mask is None or size is None or mask.shape[-2:] != (size, size):
+        return False
+    if mask.dtype is torch.bool:
+        causal = torch.ones(size, size, dtype=torch.bool, device=mask.device).triu(1)
+    else:
+        causal = nn.Transformer.generate_square_subsequent_mask(size, mask.device, mask.dtype)
+    return bool((mask == causal).all())
+
+
+def sequence_length(x: Tensor, batch_first: bool) -> int | None:
+    """L of [L, E], [B, L, E] or [L, B, E]; None for what has no one length."""
+    if x.is_nested:
+        return None
+    return x.shape[1] if x.dim() == 3 and batch_first else x.shape[0]
