@@ -175,7 +175,8 @@ def test_a_cast_after_accelerate() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_is_stock(name: str) -> None:
-    """Dropout and all: the same gradients, bit for bit, since the model's own code runs."""
+    """Dropout and all: the same gradients, bit for bit, since the model's own code runs; products as small as these
+    are torch's."""
 
     def gradients(model: hf.PreTrainedModel) -> list[Tensor | None]:
         model.train()

@@ -47,8 +47,9 @@ def accelerate(
     only: classes, parameters, state_dict and other models stay as they are. The model gets a copy
     of its config, since others may share the object; changes to the copy go with undo(). Where
     gradients, autocast, torch.compile or training ask for it, the model's own code runs (under
-    torch.compile attention stays pyfuse's). ``receipt.undo()`` restores everything; a deepcopy of
-    the model is accelerated too, and :func:`pyfuse.hf.undo` restores it.
+    torch.compile attention stays pyfuse's, and where gradients are wanted the patched linear layers
+    are :func:`pyfuse.ops.linear`). ``receipt.undo()`` restores everything; a deepcopy of the model
+    is accelerated too, and :func:`pyfuse.hf.undo` restores it.
 
     dtype: cast parameters and persistent buffers first, as from_pretrained(dtype=...) does; what
       the model wants kept in float32 stays. undo() brings the original tensors back.

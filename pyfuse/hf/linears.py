@@ -1,4 +1,4 @@
-"""nn.Linear and GPT-2's Conv1D on packed weights, for inference on the CPU."""
+"""nn.Linear and GPT-2's Conv1D on packed weights, for inference on the CPU; what nn.Linear does in training."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from pyfuse.hf.guards import hooked, values_only, wants_gradient
 from pyfuse.hf.slots import LinearSlot
 from pyfuse.hf.state import ATTRIBUTE, bind, state_of
+from pyfuse.nn.functional import linear as trained_linear
 
 if TYPE_CHECKING:
     from pyfuse.linear import PackedLinear
@@ -103,7 +104,11 @@ def projected_together(linears: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
 
 def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
     packed = packed_of(self, input) if values_only(input) else None
-    return nn.Linear.forward(self, input) if packed is None else packed(input)
+    if packed is not None:
+        return packed(input)
+    if wants_gradient(input, self.weight, self.bias):
+        return trained_linear(input, self.weight, self.bias)
+    return nn.Linear.forward(self, input)
 
 
 def conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
