@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import pytest
+import setuptools  # noqa: F401  inductor needs it, and it refuses once the standard library's distutils has been imported
 import torch
 from recorder import Recorder, only_backends
 
