@@ -27,21 +27,22 @@ list(FILTER CUDA_HEADERS EXCLUDE REGEX "/(launch|units)\\.h$") # the host's own
 
 # nvcc makes PTX once, for sm_80, and the assembler code of it for each GPU: nothing but Hopper's own units needs more, and
 # that takes a third of the time. The PTX goes along for GPUs to come. Code for sm_80 runs on sm_86 and sm_89 as it is.
-set(CODE "compute_80")
 set(CODE_TO_90 "compute_80")
 set(CODE_FROM_100 "")
 foreach(arch ${PYFUSE_CUDA_ARCHITECTURES})
   string(REGEX MATCH "^[0-9]+" number ${arch})
   if(NOT (number MATCHES "^8[1-9]$" AND "80" IN_LIST PYFUSE_CUDA_ARCHITECTURES))
-    string(APPEND CODE ",sm_${number}")
     if(number LESS 100)
-      string(APPEND CODE_TO_90 ",sm_${number}")
+      list(APPEND CODE_TO_90 "sm_${number}")
     else()
       list(APPEND CODE_FROM_100 "sm_${number}")
     endif()
   endif()
 endforeach()
-list(JOIN CODE_FROM_100 "," CODE_FROM_100)
+set(CODE ${CODE_TO_90} ${CODE_FROM_100})
+foreach(list CODE CODE_TO_90 CODE_FROM_100)
+  list(JOIN ${list} "," ${list})
+endforeach()
 
 # add_unit(name source [ARCH ...] [AGAIN] [OPTIONS ...]). ARCH: the unit is for this one alone, if the build is for it at
 # all. AGAIN: the source says other things for sm_100 and later, so that PTX is made for these as well.

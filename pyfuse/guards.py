@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import module as module_hooks
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _modes = torch._C._len_torch_dispatch_stack
@@ -70,3 +71,13 @@ def wants_second_derivatives(grads: tuple[Tensor | None, ...]) -> bool:
     if _is_grad_enabled() or formula_reason() is not None:
         return True
     return any(g is not None and _is_batched(g) for g in grads)
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether a call of ``module`` runs more than its forward: no fused method may go around it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module_hooks._global_forward_hooks
+        or module_hooks._global_forward_pre_hooks
+    )

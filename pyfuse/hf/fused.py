@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from pyfuse.hf.guards import hooked, values_only, wants_gradient
+from pyfuse.guards import hooked
+from pyfuse.hf.guards import values_only, wants_gradient
 from pyfuse.hf.linears import packed_of, projected
 from pyfuse.hf.norms import norm_of_sum, normed
 from pyfuse.hf.state import ATTRIBUTE

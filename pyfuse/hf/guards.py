@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as module_hooks
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _is_compiling = torch.compiler.is_compiling
@@ -38,13 +37,3 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     if not _is_grad_enabled():
         return False
     return any(t is not None and t.requires_grad for t in tensors)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` runs more than its forward: no fused method may go around it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-    )

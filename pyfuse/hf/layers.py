@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyfuse.guards import hooked
 from pyfuse.hf.attention import NAMES, pyfuse_attention
 from pyfuse.hf.fused import _activation, feed_forward
-from pyfuse.hf.guards import hooked, values_only, wants_gradient
+from pyfuse.hf.guards import values_only, wants_gradient
 from pyfuse.hf.linears import packed_of, projected, projected_together
 from pyfuse.hf.norms import add_norm, is_norm, norm_of_sum, normed
 from pyfuse.hf.rope import rotate

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from pyfuse.hf.guards import hooked, values_only, wants_gradient
+from pyfuse.guards import hooked
+from pyfuse.hf.guards import values_only, wants_gradient
 from pyfuse.hf.slots import LinearSlot
 from pyfuse.hf.state import ATTRIBUTE, bind, state_of
 from pyfuse.nn.functional import linear as trained_linear

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyfuse.dispatch import run
-from pyfuse.hf.guards import hooked, values_only, wants_gradient
+from pyfuse.guards import hooked
+from pyfuse.hf.guards import values_only, wants_gradient
 from pyfuse.hf.slots import NormSlot
 from pyfuse.hf.state import ATTRIBUTE, bind, state_of
 from pyfuse.ops.norm import layer_norm, rms_norm

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from pyfuse import ops
+from pyfuse.guards import hooked
 from pyfuse.nn import _fallbacks
 from pyfuse.nn._suits import why_not_norm, why_not_tensors
 from pyfuse.nn.attention import MultiheadAttention
@@ -33,18 +34,11 @@ def adopt(module: nn.Module) -> None:
             part.__class__ = ours
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a call runs more than its forward, so that no fused form may go around it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module_hooks._global_forward_hooks
-        or module_hooks._global_forward_pre_hooks
-        or module_hooks._global_backward_hooks
-        or module_hooks._global_backward_pre_hooks
-    )
+def fusable(module: nn.Module) -> bool:
+    """Whether a call runs nothing but its forward, so that a fused form may go around it, backward as well."""
+    backward = module._backward_hooks or module._backward_pre_hooks
+    everywhere = module_hooks._global_backward_hooks or module_hooks._global_backward_pre_hooks
+    return not (hooked(module) or backward or everywhere)
 
 
 def norm_of_sum(
@@ -67,7 +61,7 @@ def _fused_dropout(update: Tensor, x: Tensor, dropout: nn.Module, norm: nn.Modul
     if type(dropout) is not nn.Dropout or type(norm) not in (nn.LayerNorm, LayerNorm):
         return None
     assert isinstance(norm, nn.LayerNorm)
-    if len(norm.normalized_shape) != 1 or hooked(dropout) or hooked(norm):
+    if len(norm.normalized_shape) != 1 or not (fusable(dropout) and fusable(norm)):
         return None
     if x.shape != update.shape or x.dtype != update.dtype or dropout.p >= 1.0:
         return None
@@ -76,6 +70,21 @@ def _fused_dropout(update: Tensor, x: Tensor, dropout: nn.Module, norm: nn.Modul
     if why_not_norm(update, norm.normalized_shape, norm.eps, norm.weight, norm.bias) is not None:
         return None
     return dropout.p if dropout.training else 0.0
+
+
+def attend(
+    attention: nn.Module,
+    x: Tensor,
+    memory: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    """What `attention` gives for queries x over the keys and values of memory."""
+    o: Tensor = attention(
+        x, memory, memory, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=is_causal
+    )[0]  # fmt: skip
+    return o
 
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:

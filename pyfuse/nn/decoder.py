@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pyfuse.nn._blocks import (
     adopt,
+    attend,
     feed_forward,
     is_causal_mask,
     norm_of_sum,
@@ -48,25 +49,18 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 memory_key_padding_mask, tgt_is_causal, memory_is_causal,
             )  # fmt: skip
 
-        def attend(x: Tensor) -> Tensor:
-            o: Tensor = self.self_attn(
-                x, x, x, attn_mask=tgt_mask, key_padding_mask=tgt_key_padding_mask,
-                is_causal=tgt_is_causal, need_weights=False,
-            )[0]  # fmt: skip
-            return o
+        def attended(x: Tensor) -> Tensor:
+            return attend(self.self_attn, x, x, tgt_mask, tgt_key_padding_mask, tgt_is_causal)
 
         def look_up(x: Tensor) -> Tensor:
-            o: Tensor = self.multihead_attn(
-                x, memory, memory, attn_mask=memory_mask, is_causal=memory_is_causal,
-                key_padding_mask=memory_key_padding_mask, need_weights=False,
-            )[0]  # fmt: skip
-            return o
+            masks = (memory_mask, memory_key_padding_mask, memory_is_causal)
+            return attend(self.multihead_attn, x, memory, *masks)
 
         if self.norm_first:
-            n, x = norm_of_sum(attend(self.norm1(tgt)), tgt, self.dropout1, self.norm2)
+            n, x = norm_of_sum(attended(self.norm1(tgt)), tgt, self.dropout1, self.norm2)
             n, x = norm_of_sum(look_up(n), x, self.dropout2, self.norm3)
             return x + self.dropout3(feed_forward(self, n))
-        x = norm_of_sum(attend(tgt), tgt, self.dropout1, self.norm1)[0]
+        x = norm_of_sum(attended(tgt), tgt, self.dropout1, self.norm1)[0]
         x = norm_of_sum(look_up(x), x, self.dropout2, self.norm2)[0]
         return norm_of_sum(feed_forward(self, x), x, self.dropout3, self.norm3)[0]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyfuse.nn._blocks import (
     adopt,
+    attend,
     feed_forward,
     is_causal_mask,
     norm_of_sum,
@@ -41,17 +42,13 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         if src.is_nested or (type(self)._sa_block, type(self)._ff_block) != _STOCK_BLOCKS:
             return _torch_layer_forward(self, src, src_mask, src_key_padding_mask, is_causal)
 
-        def attend(x: Tensor) -> Tensor:
-            o: Tensor = self.self_attn(
-                x, x, x, attn_mask=src_mask, key_padding_mask=src_key_padding_mask,
-                need_weights=False, is_causal=is_causal,
-            )[0]  # fmt: skip
-            return o
+        def attended(x: Tensor) -> Tensor:
+            return attend(self.self_attn, x, x, src_mask, src_key_padding_mask, is_causal)
 
         if self.norm_first:
-            n, x = norm_of_sum(attend(self.norm1(src)), src, self.dropout1, self.norm2)
+            n, x = norm_of_sum(attended(self.norm1(src)), src, self.dropout1, self.norm2)
             return x + self.dropout2(feed_forward(self, n))
-        x = norm_of_sum(attend(src), src, self.dropout1, self.norm1)[0]
+        x = norm_of_sum(attended(src), src, self.dropout1, self.norm1)[0]
         return norm_of_sum(feed_forward(self, x), x, self.dropout2, self.norm2)[0]
 
 
@@ -73,19 +70,21 @@ class TransformerEncoder(nn.TransformerEncoder):
             return _torch_forward(self, src, mask, src_key_padding_mask, is_causal)
         first: Any = self.layers[0]
         causal = is_causal_mask(mask, is_causal, sequence_length(src, first.self_attn.batch_first))
+        zeros = _pads_with_zeros(self, src, mask, src_key_padding_mask)
+        if zeros:
+            assert src_key_padding_mask is not None
+            src_key_padding_mask = (
+                src_key_padding_mask.bool()
+            )  # nested tensors have no other padding
         output = src
         for layer in self.layers:
             output = layer(
                 output, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask
             )
-        if _pads_with_zeros(self, src, mask, src_key_padding_mask):
+        if zeros:
             assert src_key_padding_mask is not None
-            output = output.masked_fill(_padding(src_key_padding_mask)[..., None], 0.0)
+            output = output.masked_fill(src_key_padding_mask[..., None], 0.0)
         return output if self.norm is None else self.norm(output)
-
-
-def _padding(mask: Tensor) -> Tensor:
-    return mask if mask.dtype is torch.bool else mask == float("-inf")
 
 
 def _pads_with_zeros(
@@ -106,5 +105,4 @@ def _pads_with_zeros(
         return True
     if torch.compiler.is_compiling():
         return False
-    hidden = _padding(padding).logical_not()
-    return bool(torch._nested_tensor_from_mask_left_aligned(src, hidden))
+    return bool(torch._nested_tensor_from_mask_left_aligned(src, padding.logical_not()))

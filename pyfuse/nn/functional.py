@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention as _torch_attention
 from pyfuse import ops
 from pyfuse.nn import _fallbacks, _multi_head
 from pyfuse.nn._suits import why_not_attention, why_not_linear, why_not_norm
+from pyfuse.ops.linear import checked_linear
 
 __all__ = [
     "layer_norm",
@@ -50,7 +51,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _fallbacks.left("linear", reason)
         return _torch_linear(input, weight, bias)
     _fallbacks.ran("linear")
-    return ops.linear(input, weight, bias)
+    return checked_linear(input, weight, bias)
 
 
 def scaled_dot_product_attention(

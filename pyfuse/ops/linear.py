@@ -40,6 +40,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     ValueError, TypeError: a size, dtype or device that does not fit.
     """
     _check(x, weight, bias)
+    return checked_linear(x, weight, bias)
+
+
+def checked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` of arguments that fit."""
     ways = None if torch.compiler.is_compiling() else _chosen_ways(x, weight, bias)
     if ways is None:
         return torch_linear(x, weight, bias)

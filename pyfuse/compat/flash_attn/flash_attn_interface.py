@@ -49,10 +49,10 @@ def flash_attn_qkvpacked_func(
 ) -> Any:
     """`flash_attn_func` of qkv [B, S, 3, H, D]; returns out [B, S, H, D] (and softmax_lse [B, H, S])."""
     check.check_packed("qkv", qkv, 5, 3)
-    options = check.score_options(softmax_scale, causal, window_size, softcap)
-    options["dropout_p"] = dropout_p
     q, k, v = qkv.unbind(2)
-    return _attend.attend(q, k, v, options, alibi_slopes, return_attn_probs)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
 
 
 def flash_attn_kvpacked_func(
@@ -69,10 +69,10 @@ def flash_attn_kvpacked_func(
 ) -> Any:
     """`flash_attn_func` of q [B, M, Hq, D] and kv [B, N, 2, Hk, D]."""
     check.check_packed("kv", kv, 5, 2)
-    options = check.score_options(softmax_scale, causal, window_size, softcap)
-    options["dropout_p"] = dropout_p
     k, v = kv.unbind(2)
-    return _attend.attend(q, k, v, options, alibi_slopes, return_attn_probs)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )  # fmt: skip
 
 
 def flash_attn_func(
