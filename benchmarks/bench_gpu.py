@@ -5,8 +5,9 @@
 
 A line for each case and contender: median time of many runs with cold L2 (triton.testing.do_bench), TFLOP/s or GB/s,
 and pyfuse's gain over it. Attention counts the products of what is visible: 4·B·Hq·M·N·D forward, 2.5 times that
-backward, half of it when causal; the others count bytes read and written. Nothing is timed before its result was
-compared with the eager formula in float64. What Python costs in each launch: python -m benchmarks.bench_launch.
+backward, half of it when causal; the loss counts its three products; the others count bytes read and written. Nothing
+is timed before its result was compared with the eager formula in float64. What Python costs in each launch:
+python -m benchmarks.bench_launch.
 """
 
 from __future__ import annotations
@@ -252,6 +253,44 @@ def positions(dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
+# Tokens, vocabulary, columns.
+LOSSES = [(8192, 49152, 2048), (8192, 128256, 4096)]
+
+
+def losses(dtype: torch.dtype) -> Iterator[Case]:
+    """The loss of the last layer with its gradients: three products of the logits' size, 6·T·V·K together."""
+    for tokens, vocabulary, k in LOSSES:
+        x = torch.randn(tokens, k, device=DEVICE, dtype=dtype, requires_grad=True)
+        weight = torch.randn(vocabulary, k, device=DEVICE, dtype=dtype) / k**0.5
+        target = torch.randint(vocabulary, (tokens,), device=DEVICE)
+        few = slice(0, 64)
+        eager = partial(pyfuse.ops.linear_cross_entropy, target=target[few], backend="eager")
+        ours = partial(pyfuse.ops.linear_cross_entropy, backend=BACKEND)
+        sample = x.detach()[few]
+        exact = eager(sample.double(), weight.double())
+        require("loss", ours(sample, weight, target[few]), eager(sample, weight), exact)
+        calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+            "pyfuse": ours,
+            "torch": lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target),
+        }
+        if _installed("liger_kernel"):
+            from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+            calls["Liger"] = liger_fused_linear_cross_entropy
+        leaves = (x, weight.requires_grad_())
+
+        def step(
+            call: Callable[[Tensor, Tensor, Tensor], Tensor],
+            leaves: tuple[Tensor, Tensor] = leaves,
+            target: Tensor = target,
+        ) -> None:
+            torch.autograd.grad(call(*leaves, target), leaves)
+
+        runs: dict[str, Run] = {name: partial(step, call) for name, call in calls.items()}
+        name = f"loss and gradients {tokens} x {vocabulary} x {k}"
+        yield Case(name, "TFLOP/s", 6.0 * tokens * vocabulary * k, runs)
+
+
 def measure(case: Case) -> None:
     from triton.testing import do_bench
 
@@ -291,6 +330,8 @@ def main() -> int:
             measure(case)
     if not arguments.quick:
         for case in (*decoding(dtype), *norms(dtype), *positions(dtype)):
+            measure(case)
+        for case in losses(dtype) if BACKEND == "triton" else ():  # CUDA has no kernel of it
             measure(case)
     return 0
 

@@ -12,7 +12,7 @@ from benchmarks.bar import Bar, times_bar
 from benchmarks.command import require
 from benchmarks.loss_memory import LOSSES, K, inputs, step
 from benchmarks.turns import in_turns, ratio
-from pyfuse.backends.chunked_loss import chunk_rows
+from pyfuse.backends import torch_loss
 from pyfuse.cli import measure
 from pyfuse.ops.linear import linear_choices
 
@@ -42,7 +42,8 @@ def _time(name: str) -> Bar:
 
     runs = {label: measure.stopwatch(run(label)) for label in LOSSES}
     rounds = in_turns(runs, budget=BUDGET, least=3)
-    choices = linear_choices(chunk_rows(VOCABULARY, torch.float32), VOCABULARY, K)
+    rows = torch_loss.sizes(VOCABULARY, K, torch.float32).rows
+    choices = linear_choices(rows, VOCABULARY, K)
     ways = ", ".join(f"{kind} {choice.way}" for kind, choice in choices.items())
     return times_bar(f"{name}: against torch", ratio(rounds, "stock", "pyfuse"), TIMES, f"; {ways}")
 

@@ -7,6 +7,7 @@
 namespace pyfuse {
 void register_attention(pybind11::module_& m);
 void register_attention_decode(pybind11::module_& m);
+void register_dropout(pybind11::module_& m);
 void register_embed(pybind11::module_& m);
 void register_linear(pybind11::module_& m);
 void register_norm(pybind11::module_& m);
@@ -20,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &pyfuse::cpu::available_isas, "What this CPU can run, best first.");
   pyfuse::register_attention(m);
   pyfuse::register_attention_decode(m);
+  pyfuse::register_dropout(m);
   pyfuse::register_embed(m);
   pyfuse::register_linear(m);
   pyfuse::register_norm(m);

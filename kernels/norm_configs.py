@@ -157,3 +157,19 @@ def add_programs(d: int, arch: Arch) -> Plan:
     _, more = budget(ADDED_PROGRAMS * ADDED_COLUMNS // PER_THREAD, FORWARD, arch)
     options = {"D": d, "BLOCK_P": ADDED_PROGRAMS, "BLOCK_D": ADDED_COLUMNS} | more
     return Plan(ADDED_PROGRAMS, -(-d // ADDED_COLUMNS), False, 1, options)
+
+
+@lru_cache(maxsize=1024)
+def elementwise(d: int, align: int, size: int, arch: Arch) -> Plan:
+    """Dropout, which sums nothing: a program has one tile, and programs share a row that is wider."""
+    columns = min(block(d, 4), FORWARD_TILE)
+    unit = unit_of(d, align, size)
+    options = {
+        "D": d,
+        "BLOCK_D": columns,
+        "ROWS": rows_of(columns, FORWARD_TILE, unit),
+        "STRETCHES": -(-d // columns),
+        "UNIT": unit,
+    }
+    warps = FORWARD_TILE // PER_THREAD // (64 if isinstance(arch, str) else 32)
+    return Plan(options["ROWS"], 0, False, unit, options | triton_options(warps))

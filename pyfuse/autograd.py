@@ -51,6 +51,8 @@ class _ByKernels(torch.autograd.Function):
         for name in named:
             ctx.options[name] = None
         ctx.set_materialize_grads(False)
+        if gradient.keep is not None:
+            values = (*gradient.keep(result, tensors, options), *values[len(tensors) :])
         ctx.save_for_backward(*values, *saved)
         return result
 

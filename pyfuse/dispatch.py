@@ -46,6 +46,9 @@ class Gradient(NamedTuple):
     # (results, tensors, options) -> what forward saves, from the tensors of the result (those of attention with
     # its lse), of any backend. A compiled graph keeps nothing else; without it forward runs again there.
     restore: Callable[..., tuple[torch.Tensor | None, ...]] | None = None
+    # (result, tensors, options) -> what backward (and the formula's derivatives) are given in the place of the tensors,
+    # and autograd keeps: where a result that lives on anyway, or shapes without memory, serve as well.
+    keep: Callable[..., tuple[torch.Tensor | None, ...]] | None = None
 
 
 class Impl(NamedTuple):

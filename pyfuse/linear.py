@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import (
     linear as torch_linear,  # also where override_torch has put another there
 )
 
+from pyfuse.activations import FORMULA
 from pyfuse.backends.cpu_linear import (
-    ACTIVATION,
     MOST_TOGETHER,
     PackedWeight,
     RowsWeight,
@@ -42,19 +41,12 @@ WORTH_IT = 0.95  # of torch's time: less gain than this is noise
 MAX_FLOPS = 4e9  # a larger product is not timed, it behaves as the largest one that was
 COLD_BYTES = 40 * 2**20  # of copies of W that stand in for the rest of the model
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
-
 
 def _finish(
     y: Tensor, activation: str | None, multiply: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     if activation is not None:
-        y = _ACTIVATIONS[activation](y)
+        y = FORMULA[activation](y)
     if multiply is not None:
         y = y * multiply
     return y if residual is None else y + residual
@@ -221,8 +213,8 @@ class PackedLinear:
         kernel = self.kernel_for(x)
         if kernel is not None:
             return kernel(x, activation, multiply, residual, out)
-        if activation not in ACTIVATION:
-            known = ", ".join(str(name) for name in ACTIVATION)
+        if activation is not None and activation not in FORMULA:
+            known = ", ".join(FORMULA)
             raise ValueError(f"activation: got {activation!r}, needs one of {known}")
         y = _finish(torch_linear(x, *self._stock), activation, multiply, residual)
         return y if out is None else out.copy_(y)

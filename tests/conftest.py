@@ -60,6 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "emulated(sm_80=1, ...): of its tests on an emulated GPU of that kind one in so many runs, 0 for none",
     )
     config.addinivalue_line("markers", "ahead_of_time: compiles for several GPUs, and runs nothing")
+    config.addinivalue_line("markers", "backends(*names): of the `target` fixture these alone")
 
 
 def _targets(config: pytest.Config) -> list[Target]:
@@ -225,7 +226,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ]
     if "target" in metafunc.fixturenames and "target" not in names:
         none = pytest.param(None, marks=pytest.mark.skip("no backend but eager can run here"))
-        metafunc.parametrize("target", _targets(metafunc.config) or [none], ids=str, indirect=True)
+        only = metafunc.definition.get_closest_marker("backends")
+        targets = [t for t in _targets(metafunc.config) if not only or t.backend in only.args]
+        metafunc.parametrize("target", targets or [none], ids=str, indirect=True)
     if "gpu" not in metafunc.fixturenames:
         return
     from ptxemu import gpu  # here, since it builds the emulator
@@ -239,7 +242,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of one operation has the same dropout."""
     seed = torch.tensor([3, 14])
-    for name in ("attention", "embed", "norm"):
+    for name in ("attention", "dropout", "embed", "norm"):
         monkeypatch.setattr(import_module(f"pyfuse.ops.{name}"), "draw_seed", lambda: seed)
 
 

@@ -285,7 +285,10 @@ def _check_contract(case: Case, impl: Impl, gradient: Gradient) -> None:
     torch.testing.assert_close(result, plain, rtol=0, atol=0)
     results = (result,) if isinstance(result, Tensor) else tuple(result)
     grads = tuple(map(torch.ones_like, results))
-    found = gradient.backward(grads, tensors, options, saved, needs)
+    kept = tensors if gradient.keep is None else gradient.keep(result, tensors, options)
+    for given, t in zip(tensors, kept, strict=True):
+        assert t is given or (t.shape, t.dtype) == (given.shape, given.dtype)
+    found = gradient.backward(grads, kept, options, saved, needs)
     assert found.keys() >= needs
     for name in needs:
         assert (found[name].shape, found[name].dtype) == (named[name].shape, named[name].dtype)
@@ -293,5 +296,5 @@ def _check_contract(case: Case, impl: Impl, gradient: Gradient) -> None:
         if "return_lse" in options and not options["return_lse"]:
             results = tuple(impl.fn(*tensors, **{**options, "return_lse": True}))
         again = gradient.restore(results, tensors, options)
-        restored = gradient.backward(grads, tensors, options, again, needs)
+        restored = gradient.backward(grads, kept, options, again, needs)
         torch.testing.assert_close(restored, found)

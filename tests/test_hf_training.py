@@ -38,7 +38,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_linear_layers_take_the_fastest_products(name: str, made: list[str]) -> None:
     model = build(name).train()
 

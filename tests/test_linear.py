@@ -13,7 +13,8 @@ from conftest import Target
 from torch import Tensor
 
 from pyfuse import linear
-from pyfuse.backends.cpu_linear import ACTIVATION, PackedWeight, RowsWeight
+from pyfuse.activations import FORMULA
+from pyfuse.backends.cpu_linear import PackedWeight, RowsWeight
 from pyfuse.linear import ROWS, Choice, PackedLinear, calibrate, plan
 
 # Only the CPU has these.
@@ -38,7 +39,7 @@ def formula(
 ) -> Tensor:
     y = F.linear(x, w, b)
     if activation is not None:
-        y = linear._ACTIVATIONS[activation](y)
+        y = FORMULA[activation](y)
     y = y if m is None else y * m
     return y if r is None else y + r
 
@@ -64,7 +65,7 @@ def test_kernels(
     plain, biased = kernel(w, None), kernel(w, b)
     y = torch.stack([plain(x[i]) for i in range(draws)])
     checked(y, (x, w, None, None, None, None), "plain")
-    for activation in ACTIVATION:
+    for activation in (None, *FORMULA):
         y = torch.stack([biased(x[i], activation, m[i], r[i]) for i in range(draws)])
         checked(y, (x, w, b, activation, m, r), str(activation))
 
@@ -78,7 +79,7 @@ def test_many_rows_span_several_blocks(target: Target) -> None:
         checked(PackedWeight(w, None)(x), (x, w, None, None, None, None), str(dtype))
 
 
-@pytest.mark.parametrize("activation", [name for name in ACTIVATION if name])
+@pytest.mark.parametrize("activation", FORMULA)
 def test_activations_over_their_whole_range(target: Target, activation: str) -> None:
     """x·1 + 0: the activation alone, at small, large, infinite and undefined arguments."""
     if target.backend != "cpu":
@@ -139,7 +140,7 @@ def test_every_way_with_every_ending(way: str, dtype: torch.dtype, transposed: b
         for m in (None, torch.randn(*shape, 65).to(dtype)):
             for r in (None, torch.randn(*shape, 65).to(dtype)):
                 kept = [None if t is None else t.clone() for t in (x, m, r)]
-                for activation in ACTIVATION:
+                for activation in (None, *FORMULA):
                     y = layer(x, activation=activation, multiply=m, residual=r)
                     checked(y, (x, w, b, activation, m, r), f"{way} {activation}")
                 for t, before in zip((x, m, r), kept, strict=True):

@@ -79,6 +79,33 @@ def test_every_way(way: str, rows: int, n: int, k: int, biased: bool) -> None:
         assert [way] * 3 == MADE
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows,n,k", SIZES + LONG)
+def test_transposed_weight(way: str, rows: int, n: int, k: int, biased: bool) -> None:
+    """A weight [K, N] as GPT-2's Conv1D has it; its gradient lies as it does."""
+    x, w = torch.randn(rows, k), torch.randn(k, n).t()
+    checked([x, w, torch.randn(n) if biased else None], torch.randn(rows, n), way)
+    if way != "torch":
+        assert [way] * 3 == MADE
+    _, (dw,) = gradients(lambda w: linear(x, w), [w], torch.randn(rows, n))
+    assert dw.t().is_contiguous()
+
+
+def test_transposed_weight_is_calibrated_by_its_memory(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y is made as the dx of a layer with that memory as its weight, dx as its y."""
+    asked: list[tuple[Any, ...]] = []
+
+    def choose(*shape: Any) -> Choice:
+        asked.append(shape)
+        return Choice(way)
+
+    monkeypatch.setattr(OP, "choose", choose)
+    gradients(linear, [torch.randn(9, 33), torch.randn(33, 65).t()], torch.randn(9, 65))
+    assert set(asked) == {(kind, 9, 33, 65) for kind in ("forward", "input", "weight")}
+
+
 @pytest.mark.parametrize("rows,n,k", LONG)
 def test_onednn_in_one_piece_would_break_the_rule(
     rows: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch
@@ -252,7 +279,7 @@ def test_torch_itself_where_the_ways_do_not_apply(
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         same(torch.randn(9, 33).to(dtype), torch.randn(65, 33).to(dtype))
     x, w, b = torch.randn(9, 33), torch.randn(65, 33), torch.randn(65)
-    same(x, torch.randn(33, 65).t(), b)
+    same(x, torch.randn(65, 66)[:, ::2], b)
     with monkeypatch.context() as patch:
         patch.setattr(OP, "_deterministic", torch.are_deterministic_algorithms_enabled)
         assert torch.are_deterministic_algorithms_enabled()

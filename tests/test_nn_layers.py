@@ -173,6 +173,71 @@ def test_errors_of_attention_are_torchs(wrong: dict[str, Any]) -> None:
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout(dtype: torch.dtype, calls: _fallbacks.Calls) -> None:
+    m = pyfuse.nn.Dropout(0.3)
+    assert repr(m) == repr(nn.Dropout(0.3))
+    x = torch.ones(4, 50, 100, dtype=dtype, requires_grad=True)
+    y = m(x)
+    kept = torch.tensor(1 / 0.7, dtype=torch.float64).to(dtype)
+    assert (y.eq(0.0) | y.eq(kept)).all()
+    dropped = y.eq(0.0).double().mean().item()
+    assert abs(dropped - 0.3) < 5 * (0.3 * 0.7 / y.numel()) ** 0.5
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert torch.equal(dx, y)
+    assert calls.run == {"dropout": 1} and not calls.left
+    assert torch.equal(m.eval()(x), x) and torch.equal(F.dropout(x, 0.0), x)
+    assert calls.run == {"dropout": 1} and not calls.left
+
+
+DROPOUT_LEFT: dict[str, tuple[dict[str, Any], str]] = {
+    "all": ({"p": 1.0}, "p outside"),
+    "in place": ({"inplace": True}, "inplace"),
+    "whole numbers": ({"input": torch.ones(3, dtype=torch.int64), "p": 1.0}, "dtype torch.int64"),
+    "no dimensions": ({"input": torch.ones(())}, "no dimensions"),
+    "meta": ({"input": torch.ones(3, device="meta")}, "torch's own is fast on this device"),
+}
+
+
+@pytest.mark.parametrize("case", DROPOUT_LEFT)
+def test_dropout_that_is_left_to_torch(case: str, calls: _fallbacks.Calls) -> None:
+    options, reason = DROPOUT_LEFT[case]
+    found = []
+    for function in (torch.nn.functional.dropout, F.dropout):
+        given = {"input": torch.ones(5, 7)} | options
+        if given["input"].device.type == "cpu":
+            given["input"] = given["input"].clone()
+        torch.manual_seed(3)
+        y = function(**given)
+        assert (y is given["input"]) == (case == "in place")
+        found.append(y)
+    assert found[0].is_meta or torch.equal(*found)
+    ((name, why),) = calls.left
+    assert name == "dropout" and reason in why and not calls.run
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_errors_of_dropout_are_torchs(p: float) -> None:
+    said = []
+    for function in (torch.nn.functional.dropout, F.dropout):
+        with pytest.raises((ValueError, RuntimeError), match="dropout prob") as caught:
+            function(torch.ones(3), p)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+def test_a_compiled_dropout_is_torchs() -> None:
+    """Which the compiler fuses with what stands around it."""
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(lambda x: F.dropout(x, 0.5), backend=backend, fullgraph=True)(torch.ones(8))
+    assert "dropout" in graphs[0].code and "pyfuse" not in graphs[0].code
+
+
 def test_linear() -> None:
     torch.manual_seed(1)
     theirs = nn.Linear(5, 3)

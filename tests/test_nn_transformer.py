@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import pyfuse
 from pyfuse.nn import _fallbacks
-from pyfuse.nn._blocks import norm_of_sum
+from pyfuse.nn._blocks import feed_forward, norm_of_sum
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 norm_first = pytest.mark.parametrize("norm_first", [False, True], ids=["norm after", "norm first"])
@@ -286,7 +286,7 @@ def test_a_subclass_keeps_its_blocks(block: str) -> None:
     torch.testing.assert_close(a(x), b(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("part", ["norm1", "dropout2", "linear1", "self_attn"])
+@pytest.mark.parametrize("part", ["norm1", "dropout", "dropout2", "linear1", "self_attn"])
 def test_hooks_run(part: str) -> None:
     layer = encoder_layer("pyfuse", batch_first=True)
     seen: list[str] = []
@@ -302,11 +302,50 @@ def test_the_fused_sums_run(monkeypatch: pytest.MonkeyPatch) -> None:
         encoder_layer("pyfuse", dropout=0.1, batch_first=True), 2
     )
     encoder(sequence(True, 5)).sum().backward()
-    assert calls.run == {"linear": 4, "MultiheadAttention": 2, "layer_norm": 4} and not calls.left
+    expected = {"linear": 4, "MultiheadAttention": 2, "layer_norm": 4, "dropout": 2}
+    assert calls.run == expected and not calls.left
     encoder.layers[0].norm1 = nn.LayerNorm(WIDTH)  # torch's own is as good
     encoder.layers[1].norm1 = nn.Identity()
     encoder(sequence(True, 5))
     assert calls.run["layer_norm"] == 4 + 3
+
+
+ACTIVATED: list[tuple[Any, str | None]] = [
+    ("relu", "relu"),
+    ("gelu", "gelu"),
+    (torch.relu, "relu"),
+    (nn.functional.silu, "silu"),
+    (nn.ReLU(), "relu"),
+    (nn.GELU("tanh"), "gelu_tanh"),
+    (nn.SiLU(), "silu"),
+    (nn.LeakyReLU(), None),
+    (lambda x: x.relu(), None),
+]
+
+
+@pytest.mark.parametrize("activation, name", ACTIVATED, ids=lambda x: str(x)[:20])
+def test_dropout_takes_the_activation_along(
+    activation: Any, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same values as where a hook keeps them apart, with the seed of the one drawn in the other."""
+    layer = encoder_layer("pyfuse", dropout=0.4, batch_first=True, activation=activation)
+    x, taken = torch.randn(3, 5, WIDTH), []
+
+    def dropout(x: Tensor, p: float, *, activation: str | None = None) -> Tensor:
+        taken.append(activation)
+        torch.manual_seed(7)
+        return pyfuse.dropout(x, p, activation=activation)
+
+    monkeypatch.setattr("pyfuse.ops.dropout", dropout)
+    fused = feed_forward(layer, x)
+    handle = layer.dropout.register_forward_hook(lambda *_: None)
+    apart = feed_forward(layer, x)
+    torch.testing.assert_close(fused, apart, rtol=1e-5, atol=1e-6)
+    assert taken == ([None, None] if name is None else [name, None])
+    handle.remove()
+    taken.clear()
+    feed_forward(layer.eval(), x)
+    assert not taken
 
 
 @norm_first
@@ -345,7 +384,7 @@ def test_nothing_in_nothing_out(empty: tuple[int, int]) -> None:
 
 
 def test_names_that_only_torch_has() -> None:
-    assert pyfuse.nn.Dropout is nn.Dropout and pyfuse.nn.functional.softmax is nn.functional.softmax
-    assert {"MultiheadAttention", "Dropout"} <= set(dir(pyfuse.nn))
+    assert pyfuse.nn.GELU is nn.GELU and pyfuse.nn.functional.softmax is nn.functional.softmax
+    assert {"MultiheadAttention", "GELU"} <= set(dir(pyfuse.nn))
     with pytest.raises(AttributeError, match="has 'Atention'"):
         pyfuse.nn.Atention  # noqa: B018

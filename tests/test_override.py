@@ -59,12 +59,13 @@ def test_functions_run_on_pyfuse() -> None:
             F.layer_norm(x, (8,), w, w),
             F.rms_norm(x, (8,), w),
             F.linear(x, w[None], w[:1]),
+            (F.dropout(x, 0.25) != 0.0).double().mean().ge(0.5).to(x.dtype),
         ]
 
     stock = all_of_them()
     with pyfuse.override_torch() as calls:
         found = all_of_them()
-    assert calls.run.total() == 4 and not calls.left
+    assert calls.run.total() == 5 and not calls.left
     for a, b in zip(found, stock, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 

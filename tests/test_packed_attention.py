@@ -94,7 +94,8 @@ def test_varlen_has_the_same_bits_for_every_thread_count_and_run(
     points = [normal(dtype, *shape).requires_grad_() for shape in shapes]
     upstream = normal(dtype, sum(QUERIES), 4, 33)
     expected: list[Tensor] | None = None
-    for threads in at_threads(1, 1, 2, 2, 4, 4):
+    counts = (1, 1, 2, 2, 4, 4) if target.backend == "cpu" else (1, 1)
+    for threads in at_threads(*counts):  # on a GPU: other orders of programs
         torch.manual_seed(1)
         o, lse = pyfuse.varlen_attention(
             *points, cu_q, cu_k, dropout_p=0.1, return_lse=True, backend=target.backend,

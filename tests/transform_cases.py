@@ -142,6 +142,10 @@ def embed_with_all(n: int) -> Arguments:
     }  # fmt: skip
 
 
+def dropout(**options: Any) -> Callable[[int], Arguments]:
+    return lambda n: {"x": normal(2, n, 6), "p": 0.4} | options
+
+
 CASES = {
     "attention": Case("attention", attention(causal=True)),
     "attention-all": Case("attention", attention_with_all),
@@ -150,6 +154,9 @@ CASES = {
     "varlen": Case("varlen_attention", varlen),
     "decode": Case("decode_attention", decode),
     "decode-paged": Case("decode_attention", paged),
+    "dropout": Case("dropout", dropout()),
+    "dropout-relu": Case("dropout", dropout(activation="relu")),
+    "dropout-gelu": Case("dropout", dropout(activation="gelu")),
     "layer_norm": Case("layer_norm", norm("weight", "bias")),
     "layer_norm-residual": Case(
         "layer_norm", norm("weight", "bias", "residual", prenorm=True, dropout_p=0.4)
@@ -167,6 +174,7 @@ FEW = [
     "attention-all",
     "varlen",
     "decode",
+    "dropout-gelu",
     "layer_norm-residual",
     "rms_norm",
     "rope-half",

@@ -28,6 +28,12 @@ inline DType dtype_of(int64_t code) {
   return static_cast<DType>(code);
 }
 
+inline Activation activation_of(int code) {
+  if (code < 0 || code > static_cast<int>(Activation::relu))
+    throw std::invalid_argument("activation: no such code: " + std::to_string(code));
+  return static_cast<Activation>(code);
+}
+
 inline int at_least_one(int threads) { return threads < 1 ? 1 : threads; }
 
 // The elements of a tuple one after another, for calls with too many arguments to name each twice.

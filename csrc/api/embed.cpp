@@ -1,7 +1,7 @@
 // Python arguments -> EmbedParams and RowSumsParams, with the checks that the kernels leave to
 // their caller.
 #include "api/arguments.h"
-#include "api/huge_pages.h"
+#include "api/caches.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;

@@ -7,12 +7,6 @@ namespace py = pybind11;
 namespace pyfuse {
 namespace {
 
-Activation activation_of(int code) {
-  if (code < 0 || code > static_cast<int>(Activation::relu))
-    throw std::invalid_argument("activation: no such code: " + std::to_string(code));
-  return static_cast<Activation>(code);
-}
-
 void few_rows(const LinearParams& p) { cpu::kernels().linear(&p, 1); }
 void many_rows(const LinearParams& p) { cpu::kernels().linear_packed(p); }
 

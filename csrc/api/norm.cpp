@@ -1,7 +1,7 @@
 // Python arguments -> NormParams and NormGradientParams, with the checks that the kernels leave to
 // their caller.
 #include "api/arguments.h"
-#include "api/huge_pages.h"
+#include "api/caches.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -10,25 +10,20 @@ namespace pyfuse {
 namespace {
 
 bool is_half(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
-int64_t size_of(DType dtype) { return is_half(dtype) ? 2 : dtype == DType::f64 ? 8 : 4; }
-
-// What a call can count on of the last cache, which other work shares. The system is not asked:
-// glibc's answer is the sum over the package, ten times what one core gets.
-constexpr int64_t cache_bytes = int64_t{16} << 20;
 
 struct Rows {
   void* memory;
   DType dtype;
 };
 
-// Results go past the caches where they and what they are made of would not stay there; whole lines
-// only, so their rows have to begin at one. Neither choice changes a bit of the results.
+// Results go past the caches where they and what they are made of would not stay there. Neither
+// choice changes a bit of the results.
 void fit_caches(NormArguments& p, int64_t bytes_per_element, std::initializer_list<Rows> results) {
   const int64_t bytes = p.rows * p.d * bytes_per_element;
   p.row_by_row = bytes > cache_bytes / 2;
-  p.stream = bytes > cache_bytes && p.d * size_of(p.dtype) % 64 == 0;
+  p.stream = bytes > cache_bytes;
   for (const Rows& result : results) {
-    p.stream = p.stream && reinterpret_cast<uintptr_t>(result.memory) % 64 == 0;
+    p.stream = p.stream && takes_streams(result.memory, p.d * size_of(p.dtype));
     if (result.memory != nullptr)
       prefer_huge_pages(result.memory, p.rows * p.d * size_of(result.dtype));
   }

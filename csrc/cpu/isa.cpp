@@ -11,6 +11,7 @@
   void attention_decode(const DecodeParams&);                    \
   void attention_gradient(const AttentionGradientParams&);       \
   void attention_score_gradient(const AttentionGradientParams&); \
+  void dropout(const DropoutParams&);                            \
   void embed(const EmbedParams&);                                \
   void embed_gradient(const EmbedGradientParams&);               \
   void linear(const LinearParams*, int);                         \
@@ -24,6 +25,7 @@
                                 attention_decode,                \
                                 attention_gradient,              \
                                 attention_score_gradient,        \
+                                dropout,                         \
                                 embed,                           \
                                 embed_gradient,                  \
                                 linear,                          \
@@ -35,16 +37,10 @@
                                 row_sums};                       \
   }
 
-#if defined(__x86_64__)
-PYFUSE_DECLARE(avx512_bf16)
-PYFUSE_DECLARE(avx512)
-PYFUSE_DECLARE(avx2)
-PYFUSE_DECLARE(baseline)
-#elif defined(__aarch64__)
-PYFUSE_DECLARE(neon)
-#else
-PYFUSE_DECLARE(baseline)
-#endif
+// CMake's list of what this binary carries, best first: X(avx512) X(avx2) X(baseline).
+#define X PYFUSE_DECLARE
+PYFUSE_ISAS
+#undef X
 
 namespace pyfuse::cpu {
 namespace {
@@ -55,32 +51,27 @@ struct Isa {
   bool (*runs_here)();
 };
 
-bool always() { return true; }
-
+[[maybe_unused]] bool has_baseline() { return true; }
 #if defined(__x86_64__)
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+#elif defined(__aarch64__)
+[[maybe_unused]] bool has_neon() { return true; }
 #endif
 
 const Isa isas[] = {
-// best first
-#if defined(__x86_64__)
-    {"avx512_bf16", &avx512_bf16::table, has_avx512_bf16},
-    {"avx512", &avx512::table, has_avx512},
-    {"avx2", &avx2::table, has_avx2},
-    {"baseline", &baseline::table, always},
-#elif defined(__aarch64__)
-    {"neon", &neon::table, always},
-#else
-    {"baseline", &baseline::table, always},
-#endif
+#define X(ISA) {#ISA, &ISA::table, has_##ISA},
+    PYFUSE_ISAS
+#undef X
 };
 
 const Isa& find(const std::string& name) {

@@ -16,6 +16,7 @@ struct Kernels {
   void (*attention_decode)(const DecodeParams&);
   void (*attention_gradient)(const AttentionGradientParams&);
   void (*attention_score_gradient)(const AttentionGradientParams&);
+  void (*dropout)(const DropoutParams&);
   void (*embed)(const EmbedParams&);
   void (*embed_gradient)(const EmbedGradientParams&);
   void (*linear)(const LinearParams* layers, int count);  // of one dtype, side by side

@@ -5,17 +5,13 @@
 #include "cpu/isa.h"
 #include "cpu/philox.h"
 #include "cpu/row_vectors.h"
+#include "cpu/types.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 
 // Rows are handed to threads in blocks of about this many elements; less than two such blocks are
 // not worth the start of a parallel region.
 constexpr int64_t norm_block = 16384;
-
-template <class A, class B>
-constexpr bool same = false;
-template <class A>
-constexpr bool same<A, A> = true;
 
 // sum[r]: the sum of term(where, r) over row r of R, in an order that depends on d alone.
 template <int R, class C, class Term>
@@ -113,43 +109,6 @@ PYFUSE_INLINE void sum_squared_deviations(const C* const (&z)[R], const C (&mean
     return off * off;
   };
   sum_along<R, C>(d, term, sum);
-}
-
-// ---- types --------------------------------------------------------------------------------------
-
-// body(an object of the type that dtype means)
-template <class Body>
-PYFUSE_INLINE void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f32:
-      return body(float{});
-    case DType::f64:
-      return body(double{});
-    case DType::bf16:
-      return body(bf16{});
-    case DType::f16:
-      return body(f16{});
-    default:
-      bad_switch_value("dtype", static_cast<int>(dtype));
-  }
-}
-// The same where it is a type that is computed in C.
-template <class C, class Body>
-PYFUSE_INLINE void with_type_of(DType dtype, const Body& body) {
-  if constexpr (same<C, double>) {
-    body(double{});
-  } else {
-    switch (dtype) {
-      case DType::f32:
-        return body(float{});
-      case DType::bf16:
-        return body(bf16{});
-      case DType::f16:
-        return body(f16{});
-      default:
-        bad_switch_value("dtype", static_cast<int>(dtype));
-    }
-  }
 }
 
 // ---- parameters ---------------------------------------------------------------------------------

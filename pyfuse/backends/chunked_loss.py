@@ -7,23 +7,19 @@ with label smoothing e, z-loss factor z and weight g (the gradient that arrives 
     dl = g ((1 + 2 z lse) p - (1 - e) onehot(y) - e / V)
 
 and softcap c, l = c·tanh(r / c), turns dl into dr = dl (1 - tanh(r / c)²). Of the logits one chunk exists at a time,
-and dr takes its place in memory.
+and dr takes its place in memory. Here are the chunks and their matrix products; what makes losses and dr of r is a
+`RowLoss`: torch's formula (torch_loss) or a kernel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from pyfuse.backends.cpu_matmul import Way, multiply
-
-CHUNK_BYTES = (
-    64 * 2**20
-)  # of logits; with 32 it takes 1.1 x as long (dW is read more often), with 128 no less
-BLOCK_BYTES = 4 * 2**20  # of a product that is added to dW: it comes from a cache then
 
 
 class LossOptions(NamedTuple):
@@ -43,6 +39,15 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+class Sizes(NamedTuple):
+    """rows: tokens of a chunk; block: rows of a block of dW; align: elements that a row of logits begins at a multiple
+    of."""
+
+    rows: int
+    block: int
+    align: int = 1
+
+
 @dataclass(frozen=True)
 class Products:
     """The ways of the three matrix products of a chunk; that of dW is chosen for blocks of it."""
@@ -52,14 +57,15 @@ class Products:
     weight: Way = "torch"
 
 
-def chunk_rows(vocabulary: int, dtype: torch.dtype) -> int:
-    """Tokens of one chunk."""
-    return max(1, CHUNK_BYTES // (vocabulary * wide(dtype).itemsize))
+class RowLoss(Protocol):
+    def __call__(
+        self, r: Tensor, target: Tensor, flow: Tensor | None, losses: Tensor, gradient: bool
+    ) -> None:
+        """Write the losses [C] of a chunk of products r [C, V], and dr over these if `gradient`.
 
-
-def block_rows(k: int) -> int:
-    """Rows of a block of dW [V, k]."""
-    return max(1, BLOCK_BYTES // (4 * k))
+        target [C]; flow [C]: g in the dtype of the losses, None for ones. dr is rounded once, as autograd rounds the
+        gradient of logits in a half precision.
+        """
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +74,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class ChunkedLoss:
-    """The losses of tokens x [T, K] with targets [T], all of them in 0 .. V - 1, for W [V, K] and bias [V]."""
+    """The losses of tokens x [T, K] with targets [T] for W [V, K] and bias [V].
+
+    left_out: the target whose tokens `loss` gives 0, and whose rows of x may hold anything; None if there are none.
+    """
 
     def __init__(
         self,
@@ -76,11 +85,13 @@ class ChunkedLoss:
         weight: Tensor,
         target: Tensor,
         bias: Tensor | None,
-        options: LossOptions,
+        loss: RowLoss,
+        sizes: Sizes,
         products: Products,
+        left_out: int | None = None,
     ) -> None:
         self.x, self.weight, self.target, self.bias = x, weight, target, bias
-        self.options, self.products = options, products
+        self.loss, self.sizes, self.products, self.left_out = loss, sizes, products, left_out
         self.wide = wide(x.dtype)
 
     def run(
@@ -90,24 +101,26 @@ class ChunkedLoss:
 
         flows [T]: None for ones.
         """
-        x, weight, target = self.x, self.weight, self.target
-        count, v = x.shape[0], weight.shape[0]
+        x, target = self.x, self.target
+        count = x.shape[0]
         losses = x.new_empty(count, dtype=self.wide)
         found = self._no_gradients(needs)
-        step = min(chunk_rows(v, x.dtype), max(count, 1))
-        memory = x.new_empty(min(step, count), v)
+        step = min(self.sizes.rows, max(count, 1))
+        memory = self._logits(min(step, count))
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
-            logits = memory[: part.stop - start]
-            multiply(self.products.forward, x[part], weight, self.bias, logits)
+            r = memory[: part.stop - start]
+            multiply(self.products.forward, x[part], self.weight, self.bias, r)
             flow = None if flows is None else flows[part]
-            losses[part], d = self._loss(logits.to(self.wide), target[part], flow, any(needs))
+            self.loss(r, target[part], flow, losses[part], any(needs))
             if any(needs):
-                # Rounded as autograd rounds the gradient of logits in a half precision.
-                d = d if d.dtype == logits.dtype else logits.copy_(d)
-                self._accumulate(found, part, d)
-            del d  # before the next chunk's is taken
+                self._accumulate(found, part, r)
         return losses, found
+
+    def _logits(self, rows: int) -> Tensor:
+        """Memory for so many rows."""
+        v, align = self.weight.shape[0], self.sizes.align
+        return self.x.new_empty(rows, -(-v // align) * align)[:, :v]
 
     def _no_gradients(self, needs: tuple[bool, bool, bool]) -> Gradients:
         x, weight = self.x, self.weight
@@ -116,38 +129,6 @@ class ChunkedLoss:
             torch.zeros_like(weight, dtype=self.wide) if needs[1] else None,
             x.new_zeros(weight.shape[0], dtype=self.wide) if needs[2] else None,
         )
-
-    def _loss(
-        self, r: Tensor, target: Tensor, flow: Tensor | None, gradient: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The losses [C] of a chunk of products r [C, V], which is overwritten: by dr if `gradient`."""
-        smoothing, z_loss, softcap = self.options
-        slope = None
-        if softcap is not None:
-            r.div_(softcap).tanh_()
-            slope = r.square().neg_().add_(1.0) if gradient else None
-            r.mul_(softcap)
-        index = target[:, None]
-        largest = r.amax(1, keepdim=True)
-        r.sub_(largest)
-        loss = r.gather(1, index).mul_(smoothing - 1.0)
-        if smoothing > 0.0:
-            loss -= smoothing * r.mean(1, keepdim=True)
-        total = r.exp_().sum(1, keepdim=True)
-        from_largest = total.log()
-        loss += from_largest
-        lse = from_largest + largest
-        if z_loss > 0.0:
-            loss += z_loss * lse.square()
-        if gradient:
-            g = torch.ones_like(lse) if flow is None else flow[:, None].to(lse.dtype)
-            r.mul_(g * (1.0 + 2.0 * z_loss * lse) / total)
-            if smoothing > 0.0:
-                r.sub_(g * (smoothing / r.shape[1]))
-            r.scatter_(1, index, r.gather(1, index).add_(g * (smoothing - 1.0)))
-            if slope is not None:
-                r.mul_(slope)
-        return loss.squeeze(1), r
 
     def _accumulate(self, found: Gradients, part: slice, d: Tensor) -> None:
         """Fold in the gradient d [C, V] of a chunk's products."""
@@ -158,9 +139,11 @@ class ChunkedLoss:
         if found.weight is None:
             return
         x, way = self.x[part], self.products.weight
+        if self.left_out is not None:  # their d is 0, but 0 · NaN is NaN
+            x = x.masked_fill((self.target[part] == self.left_out)[:, None], 0.0)
         if way == "torch" and d.dtype == self.wide:
             found.weight.addmm_(d.t(), x)
             return
-        step = block_rows(x.shape[1])
+        step = self.sizes.block
         for i in range(0, d.shape[1], step):
             found.weight[i : i + step].add_(multiply(way, d[:, i : i + step].t(), x.t()))

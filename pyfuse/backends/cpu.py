@@ -6,6 +6,7 @@ from pyfuse.backends import (
     cpu_attention,
     cpu_attention_gradient,
     cpu_decode,
+    cpu_dropout,
     cpu_embed,
     cpu_norm,
     cpu_norm_gradient,
@@ -39,6 +40,7 @@ OPS: dict[str, Impl] = {
         ),
     ),
     "decode_attention": Impl(cpu_decode.decode_attention, cpu_decode.why_not_decode_attention),
+    "dropout": cpu_dropout.DROPOUT,
     "embed": Impl(
         cpu_embed.embed,
         cpu_embed.why_not_embed,

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyfuse.backends.cpu_module import DTYPE, module, why_unavailable
-
-# The numbers of pyfuse::Activation (csrc/include/pyfuse/params.h).
-ACTIVATION: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+from pyfuse.backends.cpu_module import ACTIVATION, DTYPE, module, why_unavailable
 
 
 def why_not_linear(weight: Tensor) -> str | None:

@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import torch  # first: pyfuse._C then shares the libgomp that torch has loaded
+from torch import Tensor
 
 NOT_BUILT = (
     "pyfuse._C is not built (pyfuse was installed without a C++17 compiler): "
@@ -28,6 +29,8 @@ DTYPE: dict[torch.dtype, int] = {
     torch.float16: 2,
     torch.float64: 3,
 }
+# Those of pyfuse::Activation.
+ACTIVATION: dict[str | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 
 
 def why_unavailable() -> str | None:
@@ -63,3 +66,15 @@ def why_not_on_cpu(*tensors: torch.Tensor | None) -> str | None:
         if t is not None and t.device.type != "cpu":
             return f"tensors are on {t.device}, not on the CPU"
     return None
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """t as [rows, D] with unit stride in D: a view where its strides allow it, else a copy."""
+    rows = t.reshape(-1, t.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def in_order_of(like: Tensor, t: Tensor) -> Tensor:
+    """t in the memory order that torch.empty_like(like) has, which compiled graphs count on."""
+    out = torch.empty_like(like, dtype=t.dtype)
+    return t if out.is_contiguous() else out.copy_(t)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfuse.backends.cpu_module import DTYPE, module
+from pyfuse.backends.cpu_module import DTYPE, in_order_of, module, rows_of
 
 HALF = (torch.bfloat16, torch.float16)
 LAYER, RMS = 0, {"llama": 1, "gemma": 2, "torch": 3}  # pyfuse::NormKind
@@ -158,15 +158,3 @@ def norm(
 def llama_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
     """Of y = weight · n.to(x.dtype)."""
     return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-
-
-def rows_of(t: Tensor) -> Tensor:
-    """t as [rows, D] with unit stride in D: a view where its strides allow it, else a copy."""
-    rows = t.reshape(-1, t.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def in_order_of(like: Tensor, t: Tensor) -> Tensor:
-    """t in the memory order that torch.empty_like(like) has, which compiled graphs count on."""
-    out = torch.empty_like(like, dtype=t.dtype)
-    return t if out.is_contiguous() else out.copy_(t)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyfuse.backends import cpu_norm
-from pyfuse.backends.cpu_module import DTYPE, module
-from pyfuse.backends.cpu_norm import LAYER, RMS, Result, rows_of
+from pyfuse.backends.cpu_module import DTYPE, module, rows_of
+from pyfuse.backends.cpu_norm import LAYER, RMS, Result
 
 Saved = tuple[Tensor | None, ...]
 Grads = tuple[Tensor | None, ...]

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyfuse.backends import eager_attention, eager_decode, eager_norm, eager_position
+from pyfuse.backends import (
+    eager_attention,
+    eager_decode,
+    eager_dropout,
+    eager_norm,
+    eager_position,
+)
 from pyfuse.dispatch import Impl
 
 
@@ -23,6 +29,7 @@ _FORMULAS = (
     eager_attention.attention,
     eager_attention.varlen_attention,
     eager_decode.decode_attention,
+    eager_dropout.dropout,
     eager_norm.layer_norm,
     eager_norm.rms_norm,
     eager_position.rope,

@@ -5,28 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyfuse.philox import dropout_mask
+from pyfuse.backends.eager_dropout import dropped
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums over `dtype` are taken: float64 for float64, else float32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Zero each element of x [..., D] with probability p, scale the rest by 1/(1-p).
-
-    Element (row, column) of the [rows, D] view of x takes the random word of element
-    (0, 0, row, column), so that the mask does not depend on x's leading shape or its strides.
-    """
-    if p == 0.0:
-        return x
-    if seed is None:
-        raise ValueError(f"dropout_seed: None, but dropout_p = {p} needs a (seed, offset) tensor")
-    d = x.shape[-1]
-    rows = x.numel() // d if d else 0
-    keep = dropout_mask(seed, (1, 1, rows, d), p, x.device).reshape(x.shape)
-    return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
 
 
 def add_residual(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
@@ -37,7 +21,7 @@ def add_residual(x: Tensor, residual: Tensor | None, p: float, seed: Tensor | No
     if residual is None and p == 0.0:
         return x
     acc = accumulate_dtype(x.dtype)
-    z = dropout(x.to(acc), p, seed)
+    z = dropped(x.to(acc), p, seed)
     if residual is None:
         return z.to(x.dtype)
     return (z + residual).to(residual.dtype)

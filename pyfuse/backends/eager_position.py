@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyfuse.backends.eager_norm import accumulate_dtype, dropout
+from pyfuse.backends.eager_dropout import dropped
+from pyfuse.backends.eager_norm import accumulate_dtype
 from pyfuse.sinusoids import sinusoids
 
 
@@ -84,4 +85,4 @@ def embed(
     if norm_weight is not None:
         b = None if norm_bias is None else norm_bias.to(acc)
         e = torch.layer_norm(e, (d,), norm_weight.to(acc), b, eps)
-    return dropout(e, dropout_p, dropout_seed).to(weight.dtype)
+    return dropped(e, dropout_p, dropout_seed).to(weight.dtype)

@@ -7,6 +7,7 @@ from pyfuse.backends import (
     triton_attention_gradient,
     triton_decode,
     triton_device,
+    triton_dropout,
     triton_embed,
     triton_embed_gradient,
     triton_norm,
@@ -28,6 +29,7 @@ OPS: dict[str, Impl] = {
         triton_decode.decode_into,
     ).ops(),
     **Norms(triton_device.why_not, triton_norm.write, triton_norm_gradient.write_gradients).ops(),
+    "dropout": triton_dropout.DROPOUT,
     "embed": Impl(
         triton_embed.embed,
         triton_embed.why_not_embed,

@@ -1,4 +1,4 @@
-"""`pyfuse run`: a script as it is, with torch's attention, norms and linear layers on pyfuse."""
+"""`pyfuse run`: a script as it is, with torch's attention, norms, linear layers and dropout on pyfuse."""
 
 import argparse
 import runpy
@@ -10,7 +10,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add `run`."""
     parser = commands.add_parser(
         "run",
-        help="run an unchanged script with torch's attention, norms and linear layers on pyfuse",
+        help="run an unchanged script with torch's attention, norms, linear layers and dropout on pyfuse",
         description="Run a Python script as `python SCRIPT ...` would, within pyfuse.override_torch(). "
         "At the end, how many calls pyfuse ran and how many were left to torch, with the reasons, goes to stderr.",
         usage="pyfuse run [-h] (SCRIPT | -m MODULE) [ARGUMENT ...]",

@@ -1,4 +1,4 @@
-"""nn.Linear and GPT-2's Conv1D on packed weights, for inference on the CPU; what nn.Linear does in training."""
+"""nn.Linear and GPT-2's Conv1D on packed weights, for inference on the CPU; what they do in training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from pyfuse.activations import FORMULA
 from pyfuse.guards import hooked
 from pyfuse.hf.guards import values_only, wants_gradient
 from pyfuse.hf.slots import LinearSlot
@@ -114,15 +114,11 @@ def linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
 
 def conv1d_forward(self: Conv1D, x: Tensor) -> Tensor:
     packed = packed_of(self, x) if values_only(x) else None
-    return Conv1D.forward(self, x) if packed is None else packed(x)
-
-
-_ACTIVATIONS: dict[str, Any] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "relu": F.relu,
-}
+    if packed is not None:
+        return packed(x)
+    if wants_gradient(x, self.weight, self.bias):
+        return trained_linear(x, self.weight.t(), self.bias)
+    return Conv1D.forward(self, x)
 
 
 @torch.no_grad()
@@ -132,7 +128,7 @@ def activation_name(activation: Any) -> str | None:
         return None
     x = torch.cat([torch.linspace(-8.0, 8.0, 257), torch.tensor([-300.0, -30.0, 30.0, 300.0])])
     theirs = activation(x)
-    for name, function in _ACTIVATIONS.items():
+    for name, function in FORMULA.items():
         if isinstance(theirs, Tensor) and torch.allclose(theirs, function(x), rtol=0, atol=2e-6):
             return name
     return None

@@ -2,7 +2,7 @@
 
 Each module here is a subclass of torch's of the same name, with its constructor, parameters, initial values (those of
 the same seed), state dict, repr, signature and errors; only the work is done by pyfuse's operations. What has no faster
-form here is torch's own: ``pyfuse.nn.Dropout is torch.nn.Dropout``. Beside them stand three modules that torch lacks:
+form here is torch's own: ``pyfuse.nn.GELU is torch.nn.GELU``. Beside them stand three modules that torch lacks:
 `InputEmbedding`, `RotaryEmbedding` and `SinusoidalEncoding`.
 
 What a module's fast form does not cover runs on torch's, with the same result; `override_torch` counts such calls.
@@ -19,11 +19,12 @@ from pyfuse.nn import functional
 from pyfuse.nn.attention import MultiheadAttention
 from pyfuse.nn.decoder import TransformerDecoder, TransformerDecoderLayer
 from pyfuse.nn.encoder import TransformerEncoder, TransformerEncoderLayer
-from pyfuse.nn.layers import LayerNorm, Linear, RMSNorm
+from pyfuse.nn.layers import Dropout, LayerNorm, Linear, RMSNorm
 from pyfuse.nn.position import InputEmbedding, RotaryEmbedding, SinusoidalEncoding
 from pyfuse.nn.transformer import Transformer
 
 __all__ = [
+    "Dropout",
     "InputEmbedding",
     "LayerNorm",
     "Linear",

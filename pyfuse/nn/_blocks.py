@@ -11,16 +11,26 @@ from torch.nn.modules import module as module_hooks
 from pyfuse import ops
 from pyfuse.guards import hooked
 from pyfuse.nn import _fallbacks
-from pyfuse.nn._suits import why_not_norm, why_not_tensors
+from pyfuse.nn._suits import why_not_dropout, why_not_norm, why_not_tensors
 from pyfuse.nn.attention import MultiheadAttention
-from pyfuse.nn.layers import LayerNorm, Linear, RMSNorm
+from pyfuse.nn.layers import Dropout, LayerNorm, Linear, RMSNorm
 
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
+    nn.Dropout: Dropout,
     nn.LayerNorm: LayerNorm,
     nn.RMSNorm: RMSNorm,
     nn.MultiheadAttention: MultiheadAttention,
 }
+
+# What the activation of a feed-forward block may be, by ops.dropout's names.
+_FUNCTIONS: tuple[tuple[Any, str], ...] = (
+    (torch.nn.functional.relu, "relu"),
+    (torch.relu, "relu"),
+    (torch.nn.functional.gelu, "gelu"),
+    (torch.nn.functional.silu, "silu"),
+)
+_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "silu"}
 
 
 def adopt(module: nn.Module) -> None:
@@ -58,17 +68,26 @@ def norm_of_sum(
 
 def _fused_dropout(update: Tensor, x: Tensor, dropout: nn.Module, norm: nn.Module) -> float | None:
     """dropout's p in this call, if sum and norm can be one operation; else None."""
-    if type(dropout) is not nn.Dropout or type(norm) not in (nn.LayerNorm, LayerNorm):
+    p = _share(dropout)
+    if p is None or p >= 1.0 or type(norm) not in (nn.LayerNorm, LayerNorm):
         return None
     assert isinstance(norm, nn.LayerNorm)
-    if len(norm.normalized_shape) != 1 or not (fusable(dropout) and fusable(norm)):
+    if len(norm.normalized_shape) != 1 or not fusable(norm):
         return None
-    if x.shape != update.shape or x.dtype != update.dtype or dropout.p >= 1.0:
+    if x.shape != update.shape or x.dtype != update.dtype:
         return None
     if why_not_tensors((x, update)) is not None:
         return None
     if why_not_norm(update, norm.normalized_shape, norm.eps, norm.weight, norm.bias) is not None:
         return None
+    return p
+
+
+def _share(dropout: nn.Module) -> float | None:
+    """Of the elements, what a call of this module drops, if it is a plain Dropout; else None."""
+    if type(dropout) not in (nn.Dropout, Dropout) or not fusable(dropout):
+        return None
+    assert isinstance(dropout, nn.Dropout)
     return dropout.p if dropout.training else 0.0
 
 
@@ -89,8 +108,30 @@ def attend(
 
 def feed_forward(layer: Any, x: Tensor) -> Tensor:
     """linear2(dropout(activation(linear1(x))))"""
-    y: Tensor = layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    h = layer.linear1(x)
+    p, name = _share(layer.dropout), _activation_name(layer.activation)
+    if p and name is not None and not torch.compiler.is_compiling() and _droppable(h, p):
+        _fallbacks.ran("dropout")
+        h = ops.dropout(h, p, activation=name)
+    else:
+        h = layer.dropout(layer.activation(h))
+    y: Tensor = layer.linear2(h)
     return y
+
+
+def _droppable(h: Tensor, p: float) -> bool:
+    return why_not_dropout(h, p, inplace=False) is None  # h is no one else's
+
+
+def _activation_name(activation: Any) -> str | None:
+    """ops.dropout's name of what this function or module does; None if it has none."""
+    if not isinstance(activation, nn.Module):
+        return next((name for function, name in _FUNCTIONS if function is activation), None)
+    if not fusable(activation):
+        return None
+    if type(activation) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    return _MODULES.get(type(activation))
 
 
 def is_causal_mask(mask: Tensor | None, is_causal: bool | None, size: int | None) -> bool:

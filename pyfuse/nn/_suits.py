@@ -52,6 +52,21 @@ def why_not_dtypes(input: Tensor, *parameters: Tensor | None) -> str | None:
     return None
 
 
+def why_not_dropout(input: Tensor, p: float, inplace: bool) -> str | None:
+    reason = why_not_tensors((input,))
+    if reason is not None:
+        return reason
+    if input.device.type != "cpu":
+        return "torch's own is fast on this device"
+    if input.dtype not in _FLOATING:
+        return f"dtype {input.dtype}"
+    if input.dim() == 0:
+        return "no dimensions"
+    if inplace:
+        return "inplace"
+    return None if 0.0 <= p < 1.0 else "p outside of [0, 1)"
+
+
 def why_not_attention(
     query: Tensor,
     key: Tensor,

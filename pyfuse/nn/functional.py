@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 # The originals: override_torch puts other functions under these names.
+from torch.nn.functional import dropout as _torch_dropout
 from torch.nn.functional import layer_norm as _torch_layer_norm
 from torch.nn.functional import linear as _torch_linear
 from torch.nn.functional import multi_head_attention_forward as _torch_multi_head
@@ -21,10 +22,11 @@ from torch.nn.functional import scaled_dot_product_attention as _torch_attention
 
 from pyfuse import ops
 from pyfuse.nn import _fallbacks, _multi_head
-from pyfuse.nn._suits import why_not_attention, why_not_linear, why_not_norm
+from pyfuse.nn._suits import why_not_attention, why_not_dropout, why_not_linear, why_not_norm
 from pyfuse.ops.linear import checked_linear
 
 __all__ = [
+    "dropout",
     "layer_norm",
     "linear",
     "linear_cross_entropy",
@@ -52,6 +54,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return _torch_linear(input, weight, bias)
     _fallbacks.ran("linear")
     return checked_linear(input, weight, bias)
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Zero each element with probability p, divide the others by 1 - p, as torch.nn.functional's; see `pyfuse.dropout`.
+
+    In a compiled graph it is torch's own, which the compiler fuses with what stands around it.
+    """
+    if not training or p == 0.0 or torch.compiler.is_compiling():
+        return _torch_dropout(input, p, training, inplace)
+    reason = why_not_dropout(input, p, inplace)
+    if reason is not None:
+        _fallbacks.left("dropout", reason)
+        return _torch_dropout(input, p, training, inplace)
+    _fallbacks.ran("dropout")
+    return ops.dropout(input, p)
 
 
 def scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""torch.nn's Linear, LayerNorm and RMSNorm on pyfuse's operations."""
+"""torch.nn's Linear, Dropout, LayerNorm and RMSNorm on pyfuse's operations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight, self.bias)
+
+
+class Dropout(torch.nn.Dropout):
+    """torch.nn.Dropout documents it. Srivastava et al., JMLR 15 (2014)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.p, self.training, self.inplace)
 
 
 class LayerNorm(torch.nn.LayerNorm):

@@ -20,6 +20,7 @@ from pyfuse.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (torch.nn.functional, "linear", functional.linear),
     (torch.nn.functional, "scaled_dot_product_attention", functional.scaled_dot_product_attention),
+    (torch.nn.functional, "dropout", functional.dropout),
     (torch.nn.functional, "layer_norm", functional.layer_norm),
     (torch.nn.functional, "rms_norm", functional.rms_norm),
     (torch.nn.functional, "multi_head_attention_forward", functional.multi_head_attention_forward),
@@ -32,10 +33,10 @@ _ORIGINALS = tuple(getattr(owner, name) for owner, name, _ in _REPLACED)
 
 
 class override_torch:
-    """``with pyfuse.override_torch() as calls:`` torch's attention, norms and linear layers run on pyfuse.
+    """``with pyfuse.override_torch() as calls:`` torch's attention, norms, linear layers and dropout run on pyfuse.
 
-    These are torch.nn.functional's scaled_dot_product_attention, layer_norm, rms_norm, linear and
-    multi_head_attention_forward, and what torch.nn.MultiheadAttention and the Transformer modules do. A call that
+    These are torch.nn.functional's scaled_dot_product_attention, layer_norm, rms_norm, linear, dropout
+    and multi_head_attention_forward, and what torch.nn.MultiheadAttention and the Transformer modules do. A call that
     pyfuse does not cover runs on torch's own function, exactly as without; ``print(calls)`` shows both, with the
     reasons.
 

@@ -3,6 +3,7 @@
 from pyfuse.ops import _library  # noqa: F401  an exported program that is loaded finds its operators
 from pyfuse.ops.attention import attention, varlen_attention
 from pyfuse.ops.decode import decode_attention
+from pyfuse.ops.dropout import dropout
 from pyfuse.ops.embed import embed
 from pyfuse.ops.linear import linear
 from pyfuse.ops.linear_cross_entropy import linear_cross_entropy
@@ -15,6 +16,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "decode_attention",
+    "dropout",
     "embed",
     "layer_norm",
     "linear",

@@ -50,7 +50,7 @@ def _norm(
     return [y, torch.empty_like(x if residual is None else residual)] if prenorm else [y]
 
 
-def _rope(x: Tensor, *_: Any, **__: Any) -> list[Tensor]:
+def _like_x(x: Tensor, *_: Any, **__: Any) -> list[Tensor]:
     return [torch.empty_like(x)]
 
 
@@ -66,9 +66,10 @@ FAKES: dict[str, Callable[..., list[Tensor]]] = {
     "attention": _attention,
     "varlen_attention": _varlen_attention,
     "decode_attention": _attention,
+    "dropout": _like_x,
     "layer_norm": _norm,
     "rms_norm": _norm,
-    "rope": _rope,
+    "rope": _like_x,
     "rope_pair": _rope_pair,
     "embed": _embed,
 }

@@ -36,6 +36,7 @@ SCHEMAS: dict[str, str] = {
     "decode_attention": "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_new, Tensor? v_new, *, "
     "Tensor seqlens_k, Tensor? block_table, bool causal, SymInt[]? window, float? softcap, Tensor? sinks, "
     "Tensor? alibi_slopes, float? scale, bool return_lse",
+    "dropout": "Tensor x, *, float dropout_p, Tensor? dropout_seed, str? activation",
     "layer_norm": "Tensor x, Tensor? weight, Tensor? bias, *, float eps, Tensor? residual, bool prenorm, "
     "float dropout_p, Tensor? dropout_seed",
     "rms_norm": "Tensor x, Tensor? weight, *, float eps, Tensor? residual, bool prenorm, float dropout_p, "
@@ -153,6 +154,9 @@ def _gradients(
         saved = gradient.restore(results, tensors, options)
     else:
         _, saved = gradient.forward(*tensors, **options)
+    if gradient.keep is not None:
+        result = results[0] if len(results) == 1 else results
+        tensors = gradient.keep(result, tensors, options)
     return gradient.backward(grads, tensors, options, saved, needs)
 
 

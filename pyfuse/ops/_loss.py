@@ -1,58 +1,35 @@
-"""How linear_cross_entropy runs: its formula, its chunks, autograd over these, and which backend does it."""
+"""How linear_cross_entropy runs: its formula, autograd over its chunks, and which backend does it."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyfuse import dispatch
-from pyfuse.backends import BACKENDS
-from pyfuse.backends.chunked_loss import (
-    ChunkedLoss,
-    Gradients,
-    LossOptions,
-    Products,
-    block_rows,
-    chunk_rows,
-    wide,
-)
-from pyfuse.backends.cpu_matmul import choose
+from pyfuse.backends import BACKENDS, triton_loss
+from pyfuse.backends.chunked_loss import Gradients, wide
 from pyfuse.guards import formula_reason, plain, wants_second_derivatives
 from pyfuse.ops._autocast import autocast_enabled
-from pyfuse.ops.linear import able
+from pyfuse.ops._loss_chunks import Call, evaluate, reduced
 
 
-class Call(NamedTuple):
-    """The options of a call; dtype: that of the result; backend: "cpu" or "eager" once it is chosen."""
-
-    loss: LossOptions
-    ignore_index: int
-    reduction: str
-    dtype: torch.dtype
-    backend: str | None
-
-
-def chosen_backend(call: Call, *tensors: Tensor | None) -> str:
+def chosen_backend(
+    call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+) -> str:
     """The first that can run this call, or the named one. Raises what :func:`pyfuse.explain` asks for."""
-    x = tensors[0]
-    assert x is not None
+    tensors = (x, weight, bias, target)
     named = dispatch._name_of(call.backend)
     candidates = []
     for name in BACKENDS if named is None else (named,):
-        reason: str | None = None
-        if name == "cpu":
-            reason = _why_not_cpu(x, tensors)
-        elif name != "eager":
-            reason = "does not implement linear_cross_entropy"
-        candidates.append(dispatch.Candidate(name, reason))
-        if reason is None:
+        candidates.append(dispatch.Candidate(name, _why_not(name, tensors)))
+        if candidates[-1].reason is None:
             break
     if dispatch._explaining.get():
-        needs = needed(*tensors[:3])
+        needs = needed(x, weight, bias)
         raise dispatch._Explained(
             dispatch.Explanation("linear_cross_entropy", tuple(candidates), needs)
         )
@@ -62,12 +39,20 @@ def chosen_backend(call: Call, *tensors: Tensor | None) -> str:
     return candidates[-1].backend
 
 
-def _why_not_cpu(x: Tensor, tensors: tuple[Tensor | None, ...]) -> str | None:
-    if not x.is_cpu:
-        return f"x is on {x.device}, not on the CPU"
-    if not plain(tensors):
-        return "tensor subclasses and dispatch modes need the formula"
-    return formula_reason()
+def _why_not(name: str, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> str | None:
+    """Why this backend cannot run the call; None if it can."""
+    x, weight, _, _ = tensors
+    if name == "eager":
+        return None
+    if name == "cpu":
+        reason = None if x.is_cpu else f"x is on {x.device}, not on the CPU"
+    elif name == "triton":
+        reason = dispatch._unavailable(name) or triton_loss.why_not(x, weight)
+    else:
+        reason = "does not implement linear_cross_entropy"
+    if reason is None and not plain(tensors):
+        reason = "tensor subclasses and dispatch modes need the formula"
+    return reason or formula_reason()
 
 
 def needed(*tensors: Tensor | None) -> tuple[str, ...]:
@@ -94,77 +79,7 @@ def formula(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None, target: 
     kept = target != call.ignore_index
     if z_loss > 0.0:
         losses = losses + z_loss * logits.logsumexp(1).square().masked_fill(~kept, 0.0)
-    return _reduced(call, losses, kept.sum(), x.shape[:-1])
-
-
-def _reduced(call: Call, losses: Tensor, count: Tensor | int, shape: torch.Size) -> Tensor:
-    """The result from the losses of all tokens; count: of those that are not left out."""
-    if call.reduction == "none":
-        return losses.to(call.dtype).reshape(shape)
-    total = losses.sum()
-    return (total / count if call.reduction == "mean" else total).to(call.dtype)
-
-
-@torch.no_grad()
-def evaluate(
-    call: Call,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    needs: tuple[bool, bool, bool] = (False, False, False),
-    flows: Tensor | None = None,
-) -> tuple[Tensor, Gradients, int]:
-    """The result, the gradients of sum(losses · flows) in chunks, and the number of tokens not left out.
-
-    flows: for each token; None for ones.
-    """
-    rows, flat = x.reshape(target.numel(), x.shape[-1]), target.reshape(-1)
-    kept = (flat != call.ignore_index).nonzero().squeeze(1)
-    some = len(kept) < len(flat)
-    if some:
-        rows, flat = rows[kept], flat[kept]
-        flows = None if flows is None else flows[kept]
-    _check_range(flat, weight.shape[0])
-    products = _products(call, rows, weight, bias, needs)
-    chunks = ChunkedLoss(rows.contiguous(), weight, flat, bias, call.loss, products)
-    # The casts of autocast have been made.
-    with torch.autocast(x.device.type, enabled=False) if autocast_enabled() else nullcontext():
-        losses, found = chunks.run(needs, flows)
-    if some:
-        losses = losses.new_zeros(target.numel()).index_copy_(0, kept, losses)
-        if found.x is not None:
-            all_rows = x.new_zeros(target.numel(), x.shape[-1])
-            found = found._replace(x=all_rows.index_copy_(0, kept, found.x))
-    return _reduced(call, losses, len(kept), x.shape[:-1]), found, len(kept)
-
-
-def _check_range(target: Tensor, vocabulary: int) -> None:
-    if target.numel() == 0:
-        return
-    low, high = (int(t) for t in target.aminmax())
-    if low < 0 or high >= vocabulary:
-        wrong = low if low < 0 else high
-        raise IndexError(f"target: {wrong} is out of bounds, needs 0 to {vocabulary - 1}")
-
-
-def _products(
-    call: Call,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> Products:
-    fast = call.backend == "cpu" and rows.dtype == torch.float32
-    if not fast or not able(rows, weight, bias):
-        return Products()
-    v, k = weight.shape
-    count = min(chunk_rows(v, rows.dtype), len(rows))
-    return Products(
-        choose("forward", count, v, k).way,
-        choose("input", count, v, k).way if needs[0] else "torch",
-        choose("weight", count, min(v, block_rows(k)), k).way if needs[1] else "torch",
-    )
+    return reduced(call, losses, kept.sum(), x.shape[:-1])
 
 
 def scaled(call: Call, found: Gradients, flow: Tensor, count: int | Tensor) -> Gradients:

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from pyfuse.backends.chunked_loss import Gradients, LossOptions, wide
 from pyfuse.guards import formula_reason
 from pyfuse.ops._library import _library
-from pyfuse.ops._loss import Call, chosen_backend, evaluate, finished, formula, needed, scaled
+from pyfuse.ops._loss import chosen_backend, finished, formula, needed, scaled
+from pyfuse.ops._loss_chunks import Call, evaluate
 
 _ARGUMENTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor target, float label_smoothing, float z_loss, float? softcap, "
@@ -67,7 +68,7 @@ def _kernel(*arguments: Any) -> list[Tensor]:
     call = call._replace(backend=chosen_backend(call, *tensors))
     asked = (False, False, False) if call.reduction == "none" else needs
     result, found, count = evaluate(call, *tensors, asked)
-    return [result, torch.tensor(count, device=result.device), *_listed(found, tensors)]
+    return [result, torch.as_tensor(count, device=result.device), *_listed(found, tensors)]
 
 
 def _backward_kernel(flow: Tensor, *arguments: Any) -> list[Tensor]:

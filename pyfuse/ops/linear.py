@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     narrow products are torch's without it; :func:`linear_choices` tells it. So results may
     differ between two processes in their last bits; within one, the same inputs give the same bits. After
     torch.use_deterministic_algorithms(True), and wherever else than with plain float32 CPU tensors in eager mode
-    (other dtypes and devices, a W that is not contiguous, torch.compile, export, functorch's transforms,
+    (other dtypes and devices, a W whose memory has gaps, torch.compile, export, functorch's transforms,
     forward-mode AD, tensor subclasses), this is F.linear itself.
 
     Differentiable any number of times.
@@ -99,14 +99,24 @@ def _chosen_ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ways | None:
     if x.dtype != torch.float32 or not x.is_cpu:
         return None
     n, k = weight.shape
-    if 2.0 * x.numel() * n < MIN_FLOPS or not able(x, weight, bias):
+    transposed = _lies_transposed(weight)
+    if 2.0 * x.numel() * n < MIN_FLOPS or not able(x, weight.t() if transposed else weight, bias):
         return None
     rows = x.numel() // k
     dx = dw = False
     if torch.is_grad_enabled():
         dx, dw = x.requires_grad, weight.requires_grad
-    ways = choose_ways(rows, n, k, dx, dw)
+    if transposed:  # Wᵀ is the layer then: y is made as its dx, and dx as its y
+        backward = choose_ways(rows, k, n, True, dw)
+        ways = Ways(backward.input, backward.forward if dx else "torch", backward.weight)
+    else:
+        ways = choose_ways(rows, n, k, dx, dw)
     return None if ways == _STOCK else ways
+
+
+def _lies_transposed(weight: Tensor) -> bool:
+    """Whether W [N, K] is the view of a dense [K, N], as GPT-2's Conv1D has it."""
+    return not weight.is_contiguous() and weight.t().is_contiguous()
 
 
 def able(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -148,7 +158,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ways: Ways, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.ways = ways
+        ctx.ways, ctx.transposed = ways, _lies_transposed(weight)
         _, needs_x, needs_weight, _ = ctx.needs_input_grad
         ctx.x_shape = x.shape
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
@@ -172,7 +182,10 @@ class _Linear(torch.autograd.Function):
                 rows = x.reshape(-1, x.shape[-1])
                 if ways.weight != "torch":
                     rows, flows = rows.contiguous(), flows.contiguous()
-                dw = multiply(ways.weight, flows.t(), rows.t())
+                if ctx.transposed:
+                    dw = multiply(ways.weight, rows.t(), flows.t()).t()
+                else:
+                    dw = multiply(ways.weight, flows.t(), rows.t())
             if needs_bias:
                 db = flows.sum(0)
         return None, dx, dw, db

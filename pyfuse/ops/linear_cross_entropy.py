@@ -12,7 +12,8 @@ from pyfuse.guards import formula_reason, plain
 from pyfuse.ops import _loss_library
 from pyfuse.ops._autocast import autocast_enabled
 from pyfuse.ops._checks import bind_dims, require_floating, same_device, same_dtype_device
-from pyfuse.ops._loss import Call, chosen_backend, chunked, formula
+from pyfuse.ops._loss import chosen_backend, chunked, formula
+from pyfuse.ops._loss_chunks import Call
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -43,26 +44,30 @@ def linear_cross_entropy(
     x [..., K], weight [V, K], bias [V] or None: float32, bfloat16, float16 or float64, the same for all (under
       torch.autocast they are cast as F.linear casts them). target [...]: int64, ignore_index or 0 .. V - 1.
     ignore_index: tokens with this target are left out: their loss and their rows of dx are 0, whatever x holds
-      there, and they cost no time.
+      there. On "cpu" and "eager" they cost no time; "triton" multiplies them like the others, since to learn which
+      they are the host would have to wait for the GPU.
     reduction: "mean" over the tokens that are not left out (NaN if there are none, as in torch; the gradients are 0
       then), "sum", or "none": [...]. In "sum" and "none" each token has its own z lse².
 
-    The logits exist for some tokens at a time, in a fixed amount of memory (64 MiB in the wider dtype), as do their
-    gradients, in the same place. For "mean" and "sum", dx, dW and db are computed in the forward pass, chunk by
-    chunk, and the backward pass multiplies them by the gradient that arrives (Liger, arXiv:2410.10989); they are
-    those of the sum until then, so that float16 has no underflow. For "none", and for a second backward
-    pass through the same graph, the backward pass computes the logits again (Cut Cross-Entropy,
-    arXiv:2411.09009). In second derivatives, and under torch's program transforms and tensor subclasses, it is the
-    formula with all of the logits.
+    The logits exist for some tokens at a time, in a fixed amount of memory (64 MiB in the wider dtype; on "triton",
+    which needs no copy in that, of 2048 tokens and at most 512 MiB), as do their gradients, in the same place. For
+    "mean" and "sum", dx, dW and db are computed in the forward pass, chunk by chunk, and the backward pass multiplies
+    them by the gradient that arrives (Liger, arXiv:2410.10989); they are those of the sum until then, so that float16
+    has no underflow. For "none", and for a second backward pass through the same graph, the backward pass computes the
+    logits again (Cut Cross-Entropy, arXiv:2411.09009). In second derivatives, and under torch's program transforms and
+    tensor subclasses, it is the formula with all of the logits.
 
     Logits in a half precision are rounded to it once, as F.linear rounds them, and dl once; everything between is
     in float32, and so are the sums over chunks of dW and db, which are rounded at the end. The result has the dtype of
     the logits; float32 under torch.autocast, as F.cross_entropy's. In float32 on a CPU the matrix products
     are those that :func:`pyfuse.ops.linear` chooses: they may differ between processes in their last bits.
 
-    ValueError, TypeError: a size, dtype, device or option that does not fit. IndexError: a target out of range.
-    NotImplementedError: a named backend that cannot do this. Those that can: "cpu", for CPU tensors, and "eager",
-    which does the same on any device with torch's own matrix products.
+    ValueError, TypeError: a size, dtype, device or option that does not fit. IndexError: a target out of range (on
+    "triton", where nothing waits for the GPU, the loss of that token is NaN instead, and so is each gradient that it
+    has a part in).
+    NotImplementedError: a named backend that cannot do this. Those that can: "cpu", for CPU tensors; "triton", for
+    float32, bfloat16 and float16 on a GPU: a kernel from the logits to their gradients (two passes over a chunk), the
+    products torch's own, and no waiting for the GPU; and "eager", torch's operations alone, on any device.
     """
     _check_tensors(x, weight, target, bias)
     _check_options(label_smoothing, z_loss, reduction, softcap)

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "dropout.h"
+#include "random_factor.h"
 
 namespace pyfuse::test {
 namespace {

@@ -1,31 +1,142 @@
-#include "dropout.h"
-
+// Activation and dropout, and their gradient, against their formulas in double.
 #include <cmath>
+
+#include "array.h"
+#include "cpu/isa.h"
+#include "random_factor.h"
 
 namespace pyfuse::test {
 namespace {
 
-// Word n & 3 of Philox4x32-10 at counter (b, h, m, n >> 2) with the seed's words as its key
-// (Salmon, Moraes, Dror and Shaw, SC 2011).
-uint32_t philox(int64_t b, int64_t h, int64_t m, int64_t n) {
-  uint32_t c[4] = {static_cast<uint32_t>(b), static_cast<uint32_t>(h), static_cast<uint32_t>(m),
-                   static_cast<uint32_t>(n >> 2)};
-  uint32_t key[2] = {static_cast<uint32_t>(dropout_seed[0]),
-                     static_cast<uint32_t>(dropout_seed[1])};
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t x = uint64_t{0xD2511F53} * c[0], y = uint64_t{0xCD9E8D57} * c[2];
-    c[0] = static_cast<uint32_t>(y >> 32) ^ c[1] ^ key[0], c[1] = static_cast<uint32_t>(y);
-    c[2] = static_cast<uint32_t>(x >> 32) ^ c[3] ^ key[1], c[3] = static_cast<uint32_t>(x);
-    key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
+constexpr Activation activations[] = {Activation::none, Activation::relu, Activation::gelu,
+                                      Activation::gelu_tanh, Activation::silu};
+constexpr double root_of_2 = 1.41421356237309504880, two_u = 1.59576912160573071176;
+
+struct Case {
+  DType dtype;
+  Activation activation;
+  double p;
+  int64_t rows, d;
+};
+
+double logistic(double x) { return 1 / (1 + std::exp(-x)); }
+
+double activated(Activation activation, double x) {
+  switch (activation) {
+    case Activation::relu:
+      return x > 0 ? x : 0;
+    case Activation::gelu:
+      return 0.5 * x * std::erfc(-x / root_of_2);
+    case Activation::gelu_tanh:
+      return x * logistic(two_u * (x + 0.044715 * x * x * x));
+    case Activation::silu:
+      return x * logistic(x);
+    default:
+      return x;
   }
-  return c[n & 3];
+}
+
+double slope(Activation activation, double x) {
+  const double s = logistic(x), t = logistic(two_u * (x + 0.044715 * x * x * x));
+  switch (activation) {
+    case Activation::relu:
+      return x > 0 ? 1 : 0;
+    case Activation::gelu:
+      return 0.5 * std::erfc(-x / root_of_2) + x * 0.39894228040143267794 * std::exp(-x * x / 2);
+    case Activation::gelu_tanh:
+      return t + x * t * (1 - t) * two_u * (1 + 0.134145 * x * x);
+    case Activation::silu:
+      return s + x * s * (1 - s);
+    default:
+      return 1;
+  }
+}
+
+class Checked {
+ public:
+  explicit Checked(const Case& c)
+      : c(c),
+        x(c.dtype, c.rows, c.d, 3, 0, 3),
+        flow(c.dtype, c.rows, c.d, 7),
+        y(c.dtype, c.rows * c.d) {
+    run(false, 1, false, y);
+    for (const bool backward : {false, true}) {
+      Array out(c.dtype, y.count), again(c.dtype, y.count), streamed(c.dtype, y.count);
+      run(backward, 1, false, out), run(backward, 2, false, again);
+      CHECK(same_bytes(out, again), "other bits on 2 threads");
+      if (c.d * size_of(c.dtype) % 64 == 0) {
+        run(backward, 2, true, streamed);
+        CHECK(same_bytes(out, streamed), "other bits past the caches");
+      }
+      for (int64_t i = 0; i < c.rows * c.d; ++i) check(out.get(i), backward, i / c.d, i % c.d);
+    }
+  }
+
+ private:
+  // backward: for relu its y in the place of x, and without an activation nothing.
+  void run(bool backward, int threads, bool stream, Array& out) const {
+    const bool by_result = backward && c.activation == Activation::relu;
+    const bool unread = backward && c.activation == Activation::none;
+    DropoutParams p{};
+    p.x = unread ? nullptr : by_result ? y.data() : x.array.data();
+    p.x_stride = by_result ? c.d : x.stride;
+    if (backward) p.flow = flow.array.data(), p.flow_stride = flow.stride;
+    p.y = out.data();
+    p.rows = c.rows, p.d = c.d;
+    p.dtype = c.dtype, p.activation = c.activation;
+    if (c.p > 0) p.seed = dropout_seed, p.p = c.p;
+    p.stream = stream, p.threads = threads;
+    cpu::kernels().dropout(p);
+  }
+
+  void check(double actual, bool backward, int64_t r, int64_t j) const {
+    const double factor = dropout_factor(c.p, 0, 0, r, j);
+    const double wide = backward ? flow.get(r, j) * slope(c.activation, x.get(r, j))
+                                 : activated(c.activation, x.get(r, j));
+    const double exact = factor > 0 ? factor * wide : 0;
+    const bool curved = c.activation != Activation::none && c.activation != Activation::relu;
+    const double tolerance = 0.51 * epsilon(c.dtype) * std::fabs(exact) +
+                             accumulator(c.dtype) * (1 + (curved ? 16 : 0)) * (factor + 1) +
+                             (is_half(c.dtype) ? 0x1p-24 : 0);
+    CHECK(close(actual, exact, tolerance),
+          "%s, act %d, p %g, %d x %d, %s: %.9g, needs %.9g +- %.1g", name_of(c.dtype),
+          int(c.activation), c.p, int(c.rows), int(c.d), backward ? "gradient" : "forward", actual,
+          exact, tolerance);
+  }
+
+  const Case c;
+  const Rows x, flow;
+  Array y;
+};
+
+TEST(every_activation_and_dtype) {
+  const int64_t sizes[][2] = {{1, 1}, {3, 3}, {5, 17}, {2, 64}, {3, 111}, {40, 1023}, {3, 2112}};
+  for (const Activation activation : activations)
+    for (const DType dtype : dtypes)
+      for (const auto& size : sizes)
+        for (const double p : {0.0, 0.1, 0.5})
+          const Checked checked({dtype, activation, p, size[0], size[1]});
+}
+
+TEST(what_is_dropped_is_zero_even_if_it_is_nan) {
+  const int64_t d = 97;
+  for (const Activation activation : activations) {
+    Array x(DType::f32, d), out(DType::f32, d);  // both NaN
+    DropoutParams p{};
+    p.x = p.flow = x.data(), p.y = out.data();
+    p.rows = 1, p.d = d, p.dtype = DType::f32, p.activation = activation;
+    p.seed = dropout_seed, p.p = 0.5, p.threads = 1;
+    for (const bool backward : {false, true}) {
+      if (backward && activation == Activation::relu) continue;  // takes y, which is 0 there
+      p.flow = backward ? x.data() : nullptr;
+      cpu::kernels().dropout(p);
+      for (int64_t j = 0; j < d; ++j)
+        CHECK(std::isnan(out.get(j)) == (dropout_factor(0.5, 0, 0, 0, j) > 0) &&
+                  (std::isnan(out.get(j)) || out.get(j) == 0),
+              "element %d of act %d: %g", int(j), int(activation), out.get(j));
+    }
+  }
 }
 
 }  // namespace
-
-double dropout_factor(double p, int64_t b, int64_t h, int64_t m, int64_t n) {
-  if (p == 0) return 1;
-  return philox(b, h, m, n) >> 8 >= std::ceil(p * (1 << 24)) ? 1 / (1 - p) : 0;
-}
-
 }  // namespace pyfuse::test

@@ -6,7 +6,7 @@
 
 #include "array.h"
 #include "cpu/isa.h"
-#include "dropout.h"
+#include "random_factor.h"
 
 namespace pyfuse::test {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "dropout.h"
+#include "random_factor.h"
 
 namespace pyfuse::test {
 

@@ -185,6 +185,22 @@ struct RowSumsParams {
 
 enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, silu = 3, relu = 4 };
 
+// y = dropout(act(x)) over [rows, d]; with a flow, the gradient of x from y's. The element (row,
+// column) has the random word of element (0, 0, row, column).
+struct DropoutParams {
+  const void* x;     // backward: the x of the forward, but for relu its y; not read for none
+  const void* flow;  // null: forward
+  void* y;           // contiguous
+  int64_t rows, d;
+  int64_t x_stride, flow_stride;  // of rows
+  DType dtype;
+  Activation activation;
+  const int64_t* seed;  // (seed, offset); null: no dropout
+  double p;
+  bool stream;  // results go past the caches, which they would not fit
+  int threads;
+};
+
 // y = act(x·wᵀ + bias) · multiply + residual; w [N, K], or as pack_linear left it.
 struct LinearParams {
   const void *x, *w, *bias, *multiply, *residual;  // the last three may be null
