@@ -211,3 +211,24 @@ def test_explain() -> None:
 def test_errors(error: type[Exception], text: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(error, match=text):
         pyfuse.dropout(**{"x": torch.ones(2, 3)} | arguments)
+
+
+@pytest.mark.ahead_of_time
+@pytest.mark.parametrize("d", [1000, 4096])
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120, "gfx90a", "gfx942"])
+def test_nothing_spills(arch: Any, d: int) -> None:
+    """Forward and backward, with all that there is to compute."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from launches import record
+
+    from pyfuse.backends.triton_dropout import DROPOUT
+
+    assert DROPOUT.gradient is not None
+    gradient, x = DROPOUT.gradient, torch.zeros(4, d, dtype=torch.bfloat16)
+    options = options_of(0.1, "gelu_tanh")
+    launches = record(arch, lambda: gradient.forward(x, **options))
+    launches += record(arch, lambda: gradient.backward((x,), (x,), options, (), frozenset("x")))
+    assert len(launches) == 2
+    for launch in launches:
+        code = launch.compiled(arch).code
+        assert code.in_registers, (code.name, code.registers)
