@@ -1,1 +1,2 @@
-"""Models: the two real ones of the demo (pyfuse.models.zoo)."""
+"""Models: the reference Transformer (`transformer`), real weights for it (`checkpoint`), the same on plain torch
+(`stock`), and the two real models of the demo (`zoo`)."""

@@ -19,7 +19,8 @@ def dropout(
     x [..., D], any leading shape: float32, bfloat16, float16 or float64; y likewise, computed in
       float32 or wider and rounded once.
     p: at least 0 and below 1. The seed comes from torch's default generator, one draw for a call;
-      which elements it drops is the same on every backend. Pass 0 outside training.
+      which elements it drops is the same on every backend. Pass 0 outside training: without an
+      activation y is x itself then, not a copy.
     activation: "relu", "gelu" (the exact one), "gelu_tanh" (its approximation by tanh), "silu", or None
       for none.
 
@@ -37,6 +38,8 @@ def dropout(
     if activation is not None and activation not in FORMULA:
         known = ", ".join(FORMULA)
         raise ValueError(f"activation: got {activation!r}, needs None or one of {known}")
+    if p == 0.0 and activation is None and not dispatch._explaining.get():
+        return x
     seed = draw_seed() if p > 0.0 else None
     options = {"dropout_p": p, "dropout_seed": seed, "activation": activation}
     y: Tensor = dispatch.run("dropout", (x,), options, backend)
