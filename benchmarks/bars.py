@@ -1,8 +1,8 @@
 """Every promised figure, measured side by side in one run: figure, target, met or missed.
 
     make bars                               all of them (about 30 minutes on 2 cores)
-    python -m benchmarks.bars speed text    some groups only: kernels, loss, modules, speed, text, never_slower,
-                                            install, tests, emulator, triton, cuda, cuda_build
+    python -m benchmarks.bars speed text    some groups only: kernels, loss, modules, training, speed, text,
+                                            never_slower, install, tests, emulator, triton, cuda, cuda_build
 
 Whatever is compared runs in turns in one process: absolute times of a shared machine mean little, these ratios repeat.
 
@@ -37,6 +37,7 @@ from benchmarks import (
     layer_bars,
     loss_bars,
     module_bars,
+    training_bars,
     triton_bars,
 )
 from benchmarks.bar import Bar
@@ -243,6 +244,7 @@ GROUPS: dict[str, Callable[[], Iterator[Bar]]] = {
     "kernels": kernels,
     "loss": loss_bars.loss,
     "modules": module_bars.modules,
+    "training": training_bars.training,
     "speed": speed,
     "text": text,
     "never_slower": never_slower,

@@ -209,9 +209,12 @@ class Attention(Part):
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None, causal: bool, rope: RotaryEmbedding | None = None,
-        positions: Tensor | None = None, memory: Tensor | None = None,
+        positions: Tensor | None = None, memory: Tensor | None = None, bounds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [B, T, W], memory [B, S, W]; mask broadcastable to [B, H, T, S], True where a token may look."""
+        """x [B, T, W], memory [B, S, W]; mask broadcastable to [B, H, T, S], True where a token may look.
+
+        bounds: of packed sequences, x being [1, N, W] (`varlen_attention`); memory and mask are None then.
+        """
         if memory is None:
             q, k, v = map(self._heads, self.qkv(x).split(self.sizes, -1))
         else:
@@ -222,9 +225,13 @@ class Attention(Part):
             if positions is None:
                 cos, sin = cos[: x.shape[1]], sin[: x.shape[1]]
             q, k = self.ops.rope_pair(q, k, cos, sin, layout=rope.layout, positions=positions)
-        p = self.dropout if self.training else 0.0
-        o = self.ops.attention(q, k, v, mask=mask, causal=causal, window=self.window, dropout_p=p)
-        y: Tensor = self.out(o.transpose(1, 2).flatten(2))
+        options = {"window": self.window, "dropout_p": self.dropout if self.training else 0.0}
+        if bounds is None:
+            o = self.ops.attention(q, k, v, mask=mask, causal=causal, **options).transpose(1, 2)
+        else:
+            q, k, v = (t.transpose(1, 2)[0] for t in (q, k, v))
+            o = self.ops.varlen_attention(q, k, v, bounds, bounds, causal=causal, **options)[None]
+        y: Tensor = self.out(o.flatten(2))
         return y
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -308,8 +315,30 @@ class Stack(nn.Module):
         self, ids: Tensor, mask: Tensor | None, causal: bool, positions: Tensor | None = None,
         segments: Tensor | None = None, memory: Tensor | None = None, memory_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        packing = Packing(mask) if self._worth_packing(mask, memory) else None
+        if packing is not None:
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device)
+            positions = packing.pack(positions.expand_as(ids))
+            segments = None if segments is None else packing.pack(segments)
+            ids, mask = packing.pack(ids), None
+        x = self._blocks(ids, mask, causal, positions, segments, memory, memory_mask, packing)
+        return x if packing is None else packing.unpack(x)
+
+    def _worth_packing(self, mask: Tensor | None, memory: Tensor | None) -> bool:
+        """Not on a GPU, where the host would wait, nor in a graph of fixed shapes; and torch has no such attention."""
+        if mask is None or memory is not None or torch.compiler.is_compiling():
+            return False
+        return mask.is_cpu and hasattr(self.embedding.ops, "varlen_attention") and not mask.all()
+
+    def _blocks(
+        self, ids: Tensor, mask: Tensor | None, causal: bool, positions: Tensor | None,
+        segments: Tensor | None, memory: Tensor | None, memory_mask: Tensor | None, packing: Packing | None,
+    ) -> Tensor:  # fmt: skip
         x = self.embedding(ids, positions if self.rope is None else None, segments)
         look = {"mask": _keys(mask), "causal": causal, "rope": self.rope, "positions": positions}
+        if packing is not None:
+            look["bounds"] = packing.bounds
         look_back = None
         if memory is not None:
             look_back = {"mask": _keys(memory_mask), "causal": False, "memory": memory}
@@ -320,6 +349,27 @@ class Stack(nn.Module):
             else:
                 x, update = block(x, update, look, look_back)
         return x if self.norm is None else self.norm(x, update)[0]
+
+
+class Packing:
+    """The real tokens of a padded batch as one sequence [1, N], so that no padding is computed."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        assert mask is not None
+        real = mask.bool()
+        self.shape, self.index = mask.shape, real.flatten().nonzero()[:, 0]
+        self.bounds = nn.functional.pad(
+            real.sum(1).cumsum(0), (1, 0)
+        )  # where each text begins, and N
+
+    def pack(self, t: Tensor) -> Tensor:
+        """[B, T] -> [1, N]"""
+        return t.reshape(-1)[self.index][None]
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, N, W] -> [B, T, W], 0 where there is padding."""
+        everything = x.new_zeros(self.shape.numel(), x.shape[-1])
+        return everything.index_copy(0, self.index, x[0]).unflatten(0, self.shape)
 
 
 def _keys(mask: Tensor | None) -> Tensor | None:
@@ -385,7 +435,8 @@ class Transformer(Part):
     ) -> Tensor:  # fmt: skip
         """x [B, T, W] before the head.
 
-        ids [B, T]: 0 … V - 1. mask [B, T]: nonzero for real tokens; None: all are. positions [T] or [B, T]: by
+        ids [B, T]: 0 … V - 1. mask [B, T]: nonzero for real tokens; None: all are. What padding gives means nothing: on
+        a CPU it is 0, and not computed. positions [T] or [B, T]: by
         default 0 … T - 1; for padding on the left they count from the first real token. segments [B, T]: 0 by default.
         memory, memory_mask: `encode`'s result, and the mask given there.
         ValueError: memory without an encoder, or none with one; a sequence beyond max_positions.

@@ -1,0 +1,99 @@
+"""The promised figures of training: the reference Transformer on pyfuse's operations and on torch's, by turns."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyfuse.ops
+from benchmarks.bar import Bar, times_bar, unmeasured
+from benchmarks.training_memory import MODEL, TOKENS, batch
+from benchmarks.turns import in_turns, ratio
+from pyfuse.cli import measure
+from pyfuse.models import stock, zoo
+from pyfuse.models.checkpoint import from_pretrained
+from pyfuse.models.transformer import Config, Transformer
+
+STEP, DROPOUT_STEP, FINE_TUNING, MEMORY = 1.5, 2.5, 1.6, 0.5
+OPERATIONS = {"torch": stock, "pyfuse": pyfuse.ops}
+# Of a batch of texts: tokens of each, as sentences have them (mean 67 of 128).
+TEXTS, LONGEST = 32, 128
+
+
+def training() -> Iterator[Bar]:
+    """Forward, loss, backward and AdamW."""
+    size = "GPT-2's width (768, 12 heads, 4 layers), 2 x 1024 tokens"
+    yield _language_model(f"{size}: training step", 0.0, STEP)
+    yield _language_model(f"{size}: training step, dropout 0.1", 0.1, DROPOUT_STEP)
+    yield _fine_tuning()
+    yield _memory()
+
+
+def _language_model(name: str, dropout: float, target: float) -> Bar:
+    fields = vars(MODEL) | {"dropout": dropout, "attention_dropout": dropout}
+    ids, targets = batch(2, 1024)
+    steps = {}
+    for label, ops in OPERATIONS.items():
+        torch.manual_seed(0)
+        model = Transformer(Config(**fields), ops)
+        steps[label] = measure.stopwatch(_step(model, ids, targets=targets))
+    return times_bar(name, ratio(in_turns(steps, budget=60, least=5), "torch", "pyfuse"), target)
+
+
+def _fine_tuning() -> Bar:
+    name = f"MiniLM, fine-tuning step, {TEXTS} texts of up to {LONGEST} tokens"
+    if zoo.problem("minilm") is not None:
+        return unmeasured(name, "minilm is not fetched: make models", f">= {FINE_TUNING} x")
+    lengths = 6 + torch.arange(TEXTS) * (LONGEST - 6) // (TEXTS - 1)
+    mask = (torch.arange(LONGEST) < lengths[:, None]).long()
+    ids = torch.randint(1000, 20000, mask.shape) * mask
+    targets = torch.arange(TEXTS) % 2
+    steps = {}
+    for label, ops in OPERATIONS.items():
+        model = from_pretrained(zoo.path("minilm"), ops=ops, head="classes", classes=2, dropout=0.1)
+        steps[label] = measure.stopwatch(_step(model, ids, mask, targets=targets))
+    spread = ratio(in_turns(steps, budget=60, least=5), "torch", "pyfuse")
+    return times_bar(f"{name} ({mask.double().mean():.0%} real)", spread, FINE_TUNING)
+
+
+def _step(model: Transformer, *given: Tensor, **more: Any) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    model.train()
+
+    def step() -> object:
+        optimizer.zero_grad()
+        loss = model(*given, **more)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def _memory() -> Bar:
+    mib = {label: _mib(label) for label in OPERATIONS}
+    share = mib["pyfuse"] / mib["torch"]
+    figure = f"{share:.2f} x  ({mib['torch']:.0f} -> {mib['pyfuse']:.0f} MiB)"
+    return Bar(
+        f"the same model, 1 x {TOKENS} tokens: peak memory of a training step", figure,
+        f"<= {MEMORY} x torch's", share <= MEMORY,
+    )  # fmt: skip
+
+
+def _mib(label: str) -> float:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.training_memory",
+        label,
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)
+    return float(done.stdout)
