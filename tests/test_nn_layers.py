@@ -196,6 +196,7 @@ DROPOUT_LEFT: dict[str, tuple[dict[str, Any], str]] = {
     "whole numbers": ({"input": torch.ones(3, dtype=torch.int64), "p": 1.0}, "dtype torch.int64"),
     "no dimensions": ({"input": torch.ones(())}, "no dimensions"),
     "meta": ({"input": torch.ones(3, device="meta")}, "torch's own is fast on this device"),
+    "few": ({}, "few elements"),
 }
 
 

@@ -21,7 +21,7 @@ from numerics import check
 from torch import Tensor, nn
 
 import pyfuse
-from pyfuse.nn import _fallbacks
+from pyfuse.nn import _fallbacks, _suits
 from pyfuse.nn._blocks import feed_forward, norm_of_sum
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -298,6 +298,7 @@ def test_hooks_run(part: str) -> None:
 def test_the_fused_sums_run(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = _fallbacks.Calls()
     monkeypatch.setattr(_fallbacks, "counting", calls)
+    monkeypatch.setattr(_suits, "LEAST_DROPOUT", 0)
     encoder = pyfuse.nn.TransformerEncoder(
         encoder_layer("pyfuse", dropout=0.1, batch_first=True), 2
     )
@@ -337,6 +338,7 @@ def test_dropout_takes_the_activation_along(
         return pyfuse.dropout(x, p, activation=activation)
 
     monkeypatch.setattr("pyfuse.ops.dropout", dropout)
+    monkeypatch.setattr(_suits, "LEAST_DROPOUT", 0)
     fused = feed_forward(layer, x)
     handle = layer.dropout.register_forward_hook(lambda *_: None)
     apart = feed_forward(layer, x)

@@ -51,7 +51,7 @@ def test_torchs_modules_run_on_pyfuse(training: bool) -> None:
 
 def test_functions_run_on_pyfuse() -> None:
     x = torch.randn(2, 3, 5, 8)
-    w = torch.randn(8)
+    w, large = torch.randn(8), torch.randn(100, 100)
 
     def all_of_them() -> list[Tensor]:
         return [
@@ -59,7 +59,7 @@ def test_functions_run_on_pyfuse() -> None:
             F.layer_norm(x, (8,), w, w),
             F.rms_norm(x, (8,), w),
             F.linear(x, w[None], w[:1]),
-            (F.dropout(x, 0.25) != 0.0).double().mean().ge(0.5).to(x.dtype),
+            (F.dropout(large, 0.25) != 0.0).double().mean().ge(0.5).to(x.dtype),
         ]
 
     stock = all_of_them()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+# Of fewer elements a call is all overhead, of which torch has less.
+LEAST_DROPOUT = 8192
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 
@@ -64,7 +66,9 @@ def why_not_dropout(input: Tensor, p: float, inplace: bool) -> str | None:
         return "no dimensions"
     if inplace:
         return "inplace"
-    return None if 0.0 <= p < 1.0 else "p outside of [0, 1)"
+    if not 0.0 <= p < 1.0:
+        return "p outside of [0, 1)"
+    return "few elements" if input.numel() < LEAST_DROPOUT else None
 
 
 def why_not_attention(
