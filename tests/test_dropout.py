@@ -149,6 +149,19 @@ def test_no_dropout_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_compiled_is_one_graph(activation: str | None, p: float) -> None:
+    def function(x: Tensor) -> Tensor:
+        return pyfuse.dropout(x, p, activation=activation) + 1.0
+
+    x = torch.randn(3, 8)
+    torch.manual_seed(3)
+    y = torch.compile(function, backend="aot_eager", fullgraph=True)(x)
+    torch.manual_seed(3)
+    assert_bitwise_equal(y, function(x), "compiled")
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradgradcheck(activation: str | None) -> None:
     x = torch.randn(3, 5, dtype=torch.float64).sub(0.1).requires_grad_()

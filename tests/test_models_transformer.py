@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,28 @@ def test_recomputing_changes_no_gradient(name: str) -> None:
         numerics.assert_bitwise_equal(a, b, name)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_copies_and_compiled_models_are_the_same(name: str) -> None:
+    model = Transformer(CONFIGS[name], stock).eval()
+    ids = torch.randint(31, (2, 12))
+    with torch.no_grad():
+        y = call(model, ids)
+        assert torch.equal(call(copy.deepcopy(model), ids), y)
+        assert torch.equal(call(pickle.loads(pickle.dumps(model)), ids), y)
+        ours = Transformer(CONFIGS[name]).eval()
+        ours.load_state_dict(model.state_dict())
+        torch.testing.assert_close(call(ours, ids), y, rtol=1e-4, atol=1e-5)
+    if model.encoder is None:
+        compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+        compiled(ids, targets=ids).backward()
+        found = [p.grad for p in ours.parameters()]
+        ours.zero_grad()
+        ours(ids, targets=ids).backward()
+        for a, p in zip(found, ours.parameters(), strict=True):
+            assert a is not None and p.grad is not None
+            torch.testing.assert_close(a, p.grad, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_padding_is_not_computed(name: str) -> None:
     """Losses and gradients are those of the texts alone, and an id that stands there is not looked at."""
@@ -366,6 +390,8 @@ def test_errors_of_a_call() -> None:
     short = Transformer(Config(**SIZES, max_positions=4))
     with pytest.raises(ValueError, match="ids: 5 tokens, the model has 4 positions"):
         short(ids)
+    with pytest.raises(ValueError, match=r"ops: needs pyfuse\.ops or pyfuse\.models\.stock"):
+        Transformer(CONFIGS["gpt2"], torch)
     with pytest.raises(ValueError, match="targets: the model has no head"):
         Transformer(Config(**SIZES, head=None))(ids, targets=ids)
     with pytest.raises(IndexError):

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyfuse import ops as pyfuse_ops
 from pyfuse.activations import FORMULA
+from pyfuse.models import stock
 from pyfuse.nn import RotaryEmbedding
 
 NORMS, POSITIONS, HEADS = (
@@ -111,9 +112,13 @@ class Config:
 
 
 class Part(nn.Module):
-    """Whatever computes. `ops`: by whose functions, pyfuse's, or torch's in `pyfuse.models.stock`."""
+    """Whatever computes: by pyfuse's operations, or with on_torch by torch's functions for the same."""
 
-    ops: Any = pyfuse_ops
+    on_torch = False
+
+    @property
+    def ops(self) -> Any:
+        return stock if self.on_torch else pyfuse_ops
 
 
 class Linear(nn.Linear, Part):
@@ -387,6 +392,8 @@ class Transformer(Part):
 
     def __init__(self, config: Config, ops: Any = pyfuse_ops) -> None:
         super().__init__()
+        if ops not in (pyfuse_ops, stock):
+            raise ValueError("ops: needs pyfuse.ops or pyfuse.models.stock")
         c = self.config = config
         self.encoder = Stack(c, c.encoder_layers) if c.encoder_layers else None
         self.decoder = Stack(c, c.layers, cross=self.encoder is not None)
@@ -405,7 +412,7 @@ class Transformer(Part):
         self.reset_parameters()
         for part in self.modules():
             if isinstance(part, Part):
-                part.ops = ops
+                part.on_torch = ops is stock
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyfuse import dispatch
@@ -38,7 +39,8 @@ def dropout(
     if activation is not None and activation not in FORMULA:
         known = ", ".join(FORMULA)
         raise ValueError(f"activation: got {activation!r}, needs None or one of {known}")
-    if p == 0.0 and activation is None and not dispatch._explaining.get():
+    explained = not torch.compiler.is_compiling() and dispatch._explaining.get()
+    if p == 0.0 and activation is None and not explained:
         return x
     seed = draw_seed() if p > 0.0 else None
     options = {"dropout_p": p, "dropout_seed": seed, "activation": activation}
