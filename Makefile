@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
-PY := pyfuse kernels tests benchmarks setup.py
+PY := pyfuse kernels tests benchmarks examples setup.py
 
 .PHONY: help demo models test test-gpu test-triton-newest test-cpp test-san test-arm lint format bars bench bench-gpu clean
 help: ## this list

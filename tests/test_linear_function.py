@@ -375,6 +375,30 @@ def test_choices_are_measured_once_and_told() -> None:
         OP.linear_choices(-1, 2, 3)
 
 
+def test_choices_can_be_remembered_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Any] = []
+
+    def calibrate(*shape: Any) -> Choice:
+        measured.append(shape)
+        return Choice("torch")
+
+    monkeypatch.setattr(cpu_matmul, "_calibrate", calibrate)
+    monkeypatch.setattr(cpu_matmul, "ways", lambda: ("torch", "onednn"))
+    known: dict[Any, Any] = {}
+    with cpu_matmul.remembering(known):
+        for _ in range(2):
+            assert cpu_matmul.choose("forward", 128, 256, 256).way == "torch"
+        assert len(measured) == 1 and len(known) == 1
+        (key,) = known
+        known[key] = "onednn"
+        assert cpu_matmul.choose("forward", 128, 256, 256).way == "onednn"
+        monkeypatch.setattr(cpu_matmul, "ways", lambda: ("torch",))  # it cannot run any more
+        assert cpu_matmul.choose("forward", 128, 256, 256).way == "torch"
+    assert len(measured) == 2
+    cpu_matmul.choose("forward", 128, 256, 256)
+    assert len(measured) == 3, "what was remembered is not known outside"
+
+
 def test_narrow_products_are_torchs() -> None:
     """Where torch sums more exactly than the others: their error would break the accuracy rule."""
     for kind, narrow in (

@@ -16,7 +16,8 @@ A linear layer is three such products, called "forward" (y = x·Wᵀ + bias), "i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -111,9 +112,32 @@ def choose(kind: str, rows: int, n: int, k: int) -> Choice:
     """The way for this product of a layer with W [n, k] and `rows` rows of x, calibrated if it has to be."""
     if 2.0 * rows * n * k < MIN_FLOPS or min(_RESULT[kind](rows, n, k)) < NARROW:
         return _STOCK
-    return _calibrate(kind, *_stand_in(rows, n, k), torch.get_num_threads(), ways())
+    shape, threads, able = _stand_in(rows, n, k), torch.get_num_threads(), ways()
+    if _remembered is None:
+        return _calibrate(kind, *shape, threads, able)
+    key = (kind, *shape, threads)
+    if _remembered.get(key) not in able:
+        _remembered[key] = _calibrate(kind, *shape, threads, able).way
+    return Choice(_remembered[key], shape)
 
 
+@contextmanager
+def remembering(known: dict[Key, Way]) -> Iterator[None]:
+    """Within: what `known` has is not measured, and what is measured is added to it. So a program that goes on in
+    another process can take the products that it began with, whose last bits are others'.
+
+    It holds for the whole process, backward passes having threads of their own.
+    """
+    global _remembered
+    before, _remembered = _remembered, known
+    try:
+        yield
+    finally:
+        _remembered = before
+
+
+Key = tuple[str, int, int, int, int]  # kind, rows, N, K of the shape measured, threads
+_remembered: dict[Key, Way] | None = None
 _STOCK = Choice("torch")
 _RESULT: dict[str, Callable[[int, int, int], tuple[int, int]]] = {
     "forward": lambda rows, n, k: (rows, n),

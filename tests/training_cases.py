@@ -1,0 +1,67 @@
+"""What the tests of training share: a small text, small options, runs in processes of their own."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SMALL: dict[str, Any] = {
+    "tokenizer": "bytes", "layers": 1, "width": 16, "heads": 2, "context": 16, "batch": 4, "steps": 6, "warmup": 2,
+    "save_every": 2, "eval_every": 3, "eval_windows": 5, "device": "cpu", "threads": 1, "lr": 0.01,
+}  # fmt: skip
+# What depends on the clock.
+CLOCK = ("tokens_per_second", "seconds")
+
+
+def write_text(folder: Path, documents: int = 6) -> Path:
+    """A folder of files that are easy to predict in parts."""
+    folder.mkdir(exist_ok=True)
+    for i in range(documents):
+        lines = (f"the {i}th file says: {j} and {j * j}, then ä and €\n" for j in range(20))
+        (folder / f"{i}.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def small(text: Path, **more: Any) -> dict[str, Any]:
+    return SMALL | {"text": [text]} | more
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """On the command line."""
+    arguments: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        arguments += ["--" + name.strip("_").replace("_", "-"), *map(str, values)]
+    return arguments
+
+
+def command(folder: Path, options: dict[str, Any], *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "pyfuse", "train", "lm", "--out", str(folder), *more, *as_arguments(options),
+    ]  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_WAIT_POLICY": "passive"}
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, capture_output=True, text=True, env=environment(), timeout=200, check=False
+    )
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    """log.csv without what depends on the clock."""
+    with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below the folder but the lock."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
