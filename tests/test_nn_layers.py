@@ -196,7 +196,6 @@ DROPOUT_LEFT: dict[str, tuple[dict[str, Any], str]] = {
     "whole numbers": ({"input": torch.ones(3, dtype=torch.int64), "p": 1.0}, "dtype torch.int64"),
     "no dimensions": ({"input": torch.ones(())}, "no dimensions"),
     "meta": ({"input": torch.ones(3, device="meta")}, "torch's own is fast on this device"),
-    "few": ({}, "few elements"),
 }
 
 
@@ -215,6 +214,14 @@ def test_dropout_that_is_left_to_torch(case: str, calls: _fallbacks.Calls) -> No
     assert found[0].is_meta or torch.equal(*found)
     ((name, why),) = calls.left
     assert name == "dropout" and reason in why and not calls.run
+
+
+def test_small_dropout_is_torchs_by_choice(calls: _fallbacks.Calls) -> None:
+    x, found = torch.ones(5, 7), []
+    for function in (torch.nn.functional.dropout, F.dropout):
+        torch.manual_seed(3)
+        found.append(function(x))
+    assert torch.equal(*found) and not calls.left and not calls.run
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])

@@ -11,7 +11,7 @@ from torch.nn.modules import module as module_hooks
 from pyfuse import ops
 from pyfuse.guards import hooked
 from pyfuse.nn import _fallbacks
-from pyfuse.nn._suits import why_not_dropout, why_not_norm, why_not_tensors
+from pyfuse.nn._suits import is_large, why_not_dropout, why_not_norm, why_not_tensors
 from pyfuse.nn.attention import MultiheadAttention
 from pyfuse.nn.layers import Dropout, LayerNorm, Linear, RMSNorm
 
@@ -120,7 +120,8 @@ def feed_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def _droppable(h: Tensor, p: float) -> bool:
-    return why_not_dropout(h, p, inplace=False) is None  # h is no one else's
+    # Whether it is in place matters to none: h is no one else's.
+    return why_not_dropout(h, p, inplace=False) is None and is_large(h)
 
 
 def _activation_name(activation: Any) -> str | None:

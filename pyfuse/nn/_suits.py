@@ -66,9 +66,12 @@ def why_not_dropout(input: Tensor, p: float, inplace: bool) -> str | None:
         return "no dimensions"
     if inplace:
         return "inplace"
-    if not 0.0 <= p < 1.0:
-        return "p outside of [0, 1)"
-    return "few elements" if input.numel() < LEAST_DROPOUT else None
+    return None if 0.0 <= p < 1.0 else "p outside of [0, 1)"
+
+
+def is_large(input: Tensor) -> bool:
+    """Whether the operation is the faster one. Where it is not, torch's is a choice, no fallback."""
+    return input.numel() >= LEAST_DROPOUT
 
 
 def why_not_attention(

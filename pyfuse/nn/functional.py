@@ -22,7 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention as _torch_attention
 
 from pyfuse import ops
 from pyfuse.nn import _fallbacks, _multi_head
-from pyfuse.nn._suits import why_not_attention, why_not_dropout, why_not_linear, why_not_norm
+from pyfuse.nn._suits import (
+    is_large,
+    why_not_attention,
+    why_not_dropout,
+    why_not_linear,
+    why_not_norm,
+)
 from pyfuse.ops.linear import checked_linear
 
 __all__ = [
@@ -66,6 +72,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     reason = why_not_dropout(input, p, inplace)
     if reason is not None:
         _fallbacks.left("dropout", reason)
+    if reason is not None or not is_large(input):
         return _torch_dropout(input, p, training, inplace)
     _fallbacks.ran("dropout")
     return ops.dropout(input, p)
