@@ -56,7 +56,8 @@ def check_call(x: Tensor, dy: Tensor, target: Target, p: float, activation: str 
     exact = by_formula(x.double(), dy.double(), **options)
     check(y, exact[0], eager[0], name)
     check(dx, exact[1], eager[1], f"dx, {name}", "gradient")
-    assert torch.equal(y == 0.0, eager[0] == 0.0) or activation is not None, name
+    if activation in (None, "relu"):  # the others may underflow
+        assert torch.equal(y == 0.0, eager[0] == 0.0), name
     assert y.stride() == torch.empty_like(x).stride(), name
     assert dx.stride() == torch.empty_like(dy).stride(), name
 

@@ -10,30 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_cases import VOCAB, build
+from model_cases import minis
 from torch import Tensor, nn
 
 import pyfuse
 import pyfuse.ops
 from pyfuse.models import stock
-from pyfuse.models.transformer import Config, Transformer
+from pyfuse.models.transformer import Transformer
 
 STEPS, BATCH, LENGTH = 32, 4, 48
-SIZES: dict[str, Any] = {"vocabulary": VOCAB, "width": 64, "layers": 2, "heads": 4, "hidden": 128}
-MINIS: dict[str, Config] = {
-    "gpt2": Config(**SIZES),
-    "llama": Config(
-        **SIZES, position="rope", norm="rms", activation="silu", gated=True, kv_heads=2,
-        attention_bias=False, hidden_bias=False, tied=False,
-    ),
-    "bert": Config(
-        **SIZES, causal=False, norm_first=False, embedding_norm=True, segments=2, head="mlm",
-        activation="gelu",
-    ),
-    "encoder-decoder": Config(
-        **SIZES, encoder_layers=2, norm_first=False, position="sinusoidal", embedding_scale=8.0,
-        activation="relu",
-    ),
-}  # fmt: skip
+MINIS = minis(vocabulary=VOCAB, width=64, layers=2, heads=4, hidden=128)
 # Of the loss, relative; of the last parameters, the largest difference in float32. In bfloat16 it is their root mean
 # square: the bias of the keys has no gradient but rounding (softmax does not see it), of which Adam makes whole steps.
 LIMITS = {torch.float32: (1e-5, 5e-3), torch.bfloat16: (1e-2, 5e-3)}

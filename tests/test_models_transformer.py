@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from hf_cases import _SIZES, VOCAB, build, padded, tokens
+from model_cases import minis
 from torch import Tensor
 
 import pyfuse.ops
@@ -187,6 +188,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 def test_another_head_begins_anew() -> None:
     """A pre-trained encoder, and a classifier that is still to be trained."""
     encoder = made("BertForMaskedLM")
+    with pytest.raises(ValueError, match=r"weights without a place: bert\.encoder\.layer\.1"):
+        from_pretrained(encoder, head="classes", classes=5, layers=1)
     model = from_pretrained(encoder, head="classes", classes=5, dropout=0.3)
     assert model.config.dropout == 0.3 and not model.training
     ids = tokens(2, 7)
@@ -223,22 +226,7 @@ def test_sentences_are_means_over_the_real_tokens() -> None:
 
 # ---- from a configuration alone ------------------------------------------------------------------
 
-CONFIGS: dict[str, Config] = {
-    "gpt2": Config(**SIZES),
-    "llama": Config(
-        **SIZES, position="rope", norm="rms", activation="silu", gated=True, kv_heads=2,
-        attention_bias=False, hidden_bias=False, tied=False,
-    ),
-    "bert": Config(
-        **SIZES, causal=False, norm_first=False, embedding_norm=True, segments=2, head="mlm",
-        activation="gelu",
-    ),
-    "first paper": Config(
-        **SIZES, encoder_layers=2, norm_first=False, position="sinusoidal", embedding_scale=24**0.5,
-        activation="relu",
-    ),
-    "norms first": Config(**SIZES, encoder_layers=1, hidden_dropout=0.0),
-}  # fmt: skip
+CONFIGS = minis(**SIZES) | {"norms first": Config(**SIZES, encoder_layers=1)}
 
 
 def call(model: Transformer, ids: Tensor, **more: Any) -> Tensor:
@@ -351,7 +339,7 @@ def test_nothing_but_padding() -> None:
 
 
 def test_the_table_is_one() -> None:
-    model = Transformer(CONFIGS["first paper"])
+    model = Transformer(CONFIGS["encoder-decoder"])
     assert model.encoder is not None
     assert model.encoder.embedding.token is model.decoder.embedding.token
     count = sum(p.numel() for p in model.parameters())
@@ -380,7 +368,7 @@ def test_errors_of_a_configuration(fields: dict[str, Any], text: str) -> None:
 
 def test_errors_of_a_call() -> None:
     ids = torch.zeros(1, 5, dtype=torch.int64)
-    plain, pair = Transformer(CONFIGS["gpt2"]), Transformer(CONFIGS["first paper"])
+    plain, pair = Transformer(CONFIGS["gpt2"]), Transformer(CONFIGS["encoder-decoder"])
     with pytest.raises(ValueError, match="memory: needed with an encoder"):
         pair(ids)
     with pytest.raises(ValueError, match="memory: needed with an encoder"):

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from training_cases import SMALL, contents, rows, small, write_text
 
 from pyfuse.models.checkpoint import from_pretrained
+from pyfuse.models.export import hf_config, hf_tensors
 from pyfuse.models.transformer import Config, Transformer
 from pyfuse.training import lm
 from pyfuse.training.curves import COLUMNS, read_log
 from pyfuse.training.errors import TrainingError
-from pyfuse.training.export import hf_config, hf_tensors
 from pyfuse.training.loop import Plan, adamw
 from pyfuse.training.products import Products
 

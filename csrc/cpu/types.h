@@ -10,23 +10,7 @@ constexpr bool same = false;
 template <class A>
 constexpr bool same<A, A> = true;
 
-// body(an object of the type that dtype means)
-template <class Body>
-PYFUSE_INLINE void with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f32:
-      return body(float{});
-    case DType::f64:
-      return body(double{});
-    case DType::bf16:
-      return body(bf16{});
-    case DType::f16:
-      return body(f16{});
-    default:
-      bad_switch_value("dtype", static_cast<int>(dtype));
-  }
-}
-// The same where it is a type that is computed in C.
+// body(an object of the type that dtype means), of those that are computed in C.
 template <class C, class Body>
 PYFUSE_INLINE void with_type_of(DType dtype, const Body& body) {
   if constexpr (same<C, double>) {
@@ -43,6 +27,11 @@ PYFUSE_INLINE void with_type_of(DType dtype, const Body& body) {
         bad_switch_value("dtype", static_cast<int>(dtype));
     }
   }
+}
+// The same of all types.
+template <class Body>
+PYFUSE_INLINE void with_type(DType dtype, const Body& body) {
+  dtype == DType::f64 ? body(double{}) : with_type_of<float>(dtype, body);
 }
 
 }  // namespace pyfuse::cpu::PYFUSE_ISA

@@ -21,9 +21,8 @@ CHUNK_ROWS = 2048
 CHUNK_BYTES = 512 * 2**20  # fewer tokens where they would take more
 # Of a block of dW in float32: its product, in half a precision, stays in a GPU's L2, and its tiles fill the GPU.
 BLOCK_BYTES = 32 * 2**20
-LINE = (
-    128  # bytes: rows of logits begin at whole lines, for which cuBLAS, too, has its faster kernels
-)
+# Bytes: rows of logits begin at whole lines, for which cuBLAS, too, has its faster kernels.
+LINE = 128
 
 
 def why_not(x: Tensor, weight: Tensor) -> str | None:

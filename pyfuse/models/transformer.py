@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from pyfuse import ops as pyfuse_ops
 from pyfuse.activations import FORMULA
 from pyfuse.models import stock
-from pyfuse.nn import RotaryEmbedding
+from pyfuse.nn import InputEmbedding, RotaryEmbedding
 
 NORMS, POSITIONS, HEADS = (
     ("layer", "rms"),
@@ -129,41 +129,32 @@ class Linear(nn.Linear, Part):
         return y
 
 
-class Embedding(Part):
+class Embedding(InputEmbedding, Part):
     """dropout(norm(scale · token row + position row + segment row)), in one operation."""
 
     def __init__(self, c: Config) -> None:
-        super().__init__()
-        self.token = nn.Embedding(c.vocabulary, c.width)
-        learned = c.position == "learned"
-        self.position = nn.Embedding(c.max_positions, c.width) if learned else None
-        self.segment = nn.Embedding(c.segments, c.width) if c.segments else None
-        self.norm = nn.LayerNorm(c.width, c.norm_eps) if c.embedding_norm else None
-        self.sinusoidal = c.position == "sinusoidal"
-        self.scale, self.eps, self.dropout = c.embedding_scale, c.norm_eps, c.dropout
+        table = None if c.position == "rope" else c.position
+        super().__init__(
+            c.vocabulary, c.width, position=table,
+            max_positions=c.max_positions if table == "learned" else None, num_segments=c.segments,
+            scale=c.embedding_scale, norm=c.embedding_norm, eps=c.norm_eps, dropout=c.dropout,
+        )  # fmt: skip
 
-    def forward(self, ids: Tensor, positions: Tensor | None, segments: Tensor | None) -> Tensor:
-        """ids, segments [B, T]; positions [T] or [B, T], 0 … T - 1 by default -> [B, T, W]"""
-        if self.segment is not None and segments is None:
-            segments = torch.zeros_like(ids)
-        e: Tensor = self.ops.embed(
-            ids,
-            self.token.weight,
-            position_weight="sinusoidal" if self.sinusoidal else _weight(self.position),
-            positions=positions,
-            segment_ids=segments,
-            segment_weight=_weight(self.segment),
-            scale=self.scale,
-            norm_weight=_weight(self.norm),
-            norm_bias=None if self.norm is None else self.norm.bias,
-            eps=self.eps,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+    def _embed(self, *tensors: Tensor, **options: Any) -> Tensor:
+        e: Tensor = self.ops.embed(*tensors, **options)
         return e
 
 
-def _weight(module: nn.Embedding | nn.LayerNorm | None) -> Tensor | None:
-    return None if module is None else module.weight
+class Rope(RotaryEmbedding, Part):
+    """Queries and keys turned by the angles of their positions."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__(
+            c.d, theta=c.rope_theta, scaling=c.rope_scaling, max_positions=c.max_positions
+        )
+
+    def _turn(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return self.ops.rope_pair(*tensors, **options)
 
 
 class Norm(Part):
@@ -213,7 +204,7 @@ class Attention(Part):
         self.out = Linear(c.heads * c.d, c.width, c.attention_bias)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None, causal: bool, rope: RotaryEmbedding | None = None,
+        self, x: Tensor, *, mask: Tensor | None, causal: bool, rope: Rope | None = None,
         positions: Tensor | None = None, memory: Tensor | None = None, bounds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """x [B, T, W], memory [B, S, W]; mask broadcastable to [B, H, T, S], True where a token may look.
@@ -226,10 +217,7 @@ class Attention(Part):
             q = self._heads(self.query(x))
             k, v = map(self._heads, self.key_value(memory).split(self.sizes[1:], -1))
         if rope is not None:
-            cos, sin = rope.tables(x.shape[1], x.device)
-            if positions is None:
-                cos, sin = cos[: x.shape[1]], sin[: x.shape[1]]
-            q, k = self.ops.rope_pair(q, k, cos, sin, layout=rope.layout, positions=positions)
+            q, k = rope(q, k, positions)
         options = {"window": self.window, "dropout_p": self.dropout if self.training else 0.0}
         if bounds is None:
             o = self.ops.attention(q, k, v, mask=mask, causal=causal, **options).transpose(1, 2)
@@ -307,11 +295,7 @@ class Stack(nn.Module):
     def __init__(self, c: Config, layers: int, cross: bool = False) -> None:
         super().__init__()
         self.embedding = Embedding(c)
-        self.rope = None
-        if c.position == "rope":
-            self.rope = RotaryEmbedding(
-                c.d, theta=c.rope_theta, scaling=c.rope_scaling, max_positions=c.max_positions
-            )
+        self.rope = Rope(c) if c.position == "rope" else None
         self.blocks = nn.ModuleList(Block(c, cross) for _ in range(layers))
         self.norm = Norm(c) if c.norm_first else None
         self.recompute = False
@@ -320,33 +304,33 @@ class Stack(nn.Module):
         self, ids: Tensor, mask: Tensor | None, causal: bool, positions: Tensor | None = None,
         segments: Tensor | None = None, memory: Tensor | None = None, memory_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        packing = Packing(mask) if self._worth_packing(mask, memory) else None
+        packing = self._packing(mask) if memory is None else None
         if packing is not None:
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device)
             positions = packing.pack(positions.expand_as(ids))
             segments = None if segments is None else packing.pack(segments)
             ids, mask = packing.pack(ids), None
-        x = self._blocks(ids, mask, causal, positions, segments, memory, memory_mask, packing)
-        return x if packing is None else packing.unpack(x)
-
-    def _worth_packing(self, mask: Tensor | None, memory: Tensor | None) -> bool:
-        """Not on a GPU, where the host would wait, nor in a graph of fixed shapes; and torch has no such attention."""
-        if mask is None or memory is not None or torch.compiler.is_compiling():
-            return False
-        return mask.is_cpu and hasattr(self.embedding.ops, "varlen_attention") and not mask.all()
-
-    def _blocks(
-        self, ids: Tensor, mask: Tensor | None, causal: bool, positions: Tensor | None,
-        segments: Tensor | None, memory: Tensor | None, memory_mask: Tensor | None, packing: Packing | None,
-    ) -> Tensor:  # fmt: skip
-        x = self.embedding(ids, positions if self.rope is None else None, segments)
-        look = {"mask": _keys(mask), "causal": causal, "rope": self.rope, "positions": positions}
-        if packing is not None:
-            look["bounds"] = packing.bounds
+        look = {
+            "mask": _keys(mask), "causal": causal, "rope": self.rope, "positions": positions,
+            "bounds": None if packing is None else packing.bounds,
+        }  # fmt: skip
         look_back = None
         if memory is not None:
             look_back = {"mask": _keys(memory_mask), "causal": False, "memory": memory}
+        x = self.embedding(ids, positions if self.rope is None else None, segments)
+        x = self._through_blocks(x, look, look_back)
+        return x if packing is None else packing.unpack(x)
+
+    def _packing(self, mask: Tensor | None) -> Packing | None:
+        """Not on a GPU, where the host would wait, nor in a graph of fixed shapes; and torch has no such attention."""
+        if mask is None or not mask.is_cpu or torch.compiler.is_compiling():
+            return None
+        return None if self.embedding.on_torch or mask.all() else Packing(mask)
+
+    def _through_blocks(
+        self, x: Tensor, look: dict[str, Any], look_back: dict[str, Any] | None
+    ) -> Tensor:
         update: Tensor | None = None
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -359,13 +343,11 @@ class Stack(nn.Module):
 class Packing:
     """The real tokens of a padded batch as one sequence [1, N], so that no padding is computed."""
 
-    def __init__(self, mask: Tensor | None) -> None:
-        assert mask is not None
+    def __init__(self, mask: Tensor) -> None:
+        """bounds: where each text begins, and N."""
         real = mask.bool()
         self.shape, self.index = mask.shape, real.flatten().nonzero()[:, 0]
-        self.bounds = nn.functional.pad(
-            real.sum(1).cumsum(0), (1, 0)
-        )  # where each text begins, and N
+        self.bounds = nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
 
     def pack(self, t: Tensor) -> Tensor:
         """[B, T] -> [1, N]"""
@@ -443,8 +425,8 @@ class Transformer(Part):
         """x [B, T, W] before the head.
 
         ids [B, T]: 0 … V - 1. mask [B, T]: nonzero for real tokens; None: all are. What padding gives means nothing: on
-        a CPU it is 0, and not computed. positions [T] or [B, T]: by
-        default 0 … T - 1; for padding on the left they count from the first real token. segments [B, T]: 0 by default.
+        a CPU it is 0, and not computed. positions [T] or [B, T]: by default 0 … T - 1; for padding on the left they
+        count from the first real token. segments [B, T]: 0 by default.
         memory, memory_mask: `encode`'s result, and the mask given there.
         ValueError: memory without an encoder, or none with one; a sequence beyond max_positions.
         """

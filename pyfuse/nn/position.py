@@ -74,7 +74,7 @@ class InputEmbedding(nn.Module):
             raise ValueError("segment_ids: got a tensor, but the module has num_segments=0")
         if self.segment is not None and segment_ids is None:
             segment_ids = torch.zeros_like(token_ids)
-        return ops.embed(
+        return self._embed(
             token_ids,
             self.token.weight,
             position_weight="sinusoidal"
@@ -91,6 +91,10 @@ class InputEmbedding(nn.Module):
             eps=1e-5 if self.norm is None else self.norm.eps,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def _embed(self, *tensors: Tensor, **options: Any) -> Tensor:
+        """Who computes; the reference Transformer may run on torch."""
+        return ops.embed(*tensors, **options)
 
     def extra_repr(self) -> str:
         return f"position={self.kind!r}, scale={self.scale:g}, dropout={self.dropout:g}"
@@ -166,7 +170,11 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self.tables(m, q.device)
         if positions is None:
             cos, sin = cos[:m], sin[:m]
-        return ops.rope_pair(q, k, cos, sin, layout=self.layout, positions=positions)
+        return self._turn(q, k, cos, sin, layout=self.layout, positions=positions)
+
+    def _turn(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """See InputEmbedding._embed."""
+        return ops.rope_pair(*tensors, **options)
 
     def extra_repr(self) -> str:
         scaling = "" if self.scaling is None else f", scaling={self.scaling}"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyfuse import dispatch
-from pyfuse.backends import BACKENDS, triton_loss
+from pyfuse.backends import BACKENDS
 from pyfuse.backends.chunked_loss import Gradients, wide
 from pyfuse.guards import formula_reason, plain, wants_second_derivatives
 from pyfuse.ops._autocast import autocast_enabled
@@ -47,6 +47,8 @@ def _why_not(name: str, tensors: tuple[Tensor, Tensor, Tensor | None, Tensor]) -
     if name == "cpu":
         reason = None if x.is_cpu else f"x is on {x.device}, not on the CPU"
     elif name == "triton":
+        from pyfuse.backends import triton_loss  # here: of no use where there is no GPU
+
         reason = dispatch._unavailable(name) or triton_loss.why_not(x, weight)
     else:
         reason = "does not implement linear_cross_entropy"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyfuse.backends import torch_loss, triton_loss
+from pyfuse.backends import torch_loss
 from pyfuse.backends.chunked_loss import ChunkedLoss, Gradients, LossOptions, Products, Sizes
 from pyfuse.backends.cpu_matmul import choose
 from pyfuse.ops._autocast import autocast_enabled
@@ -65,6 +65,8 @@ def _all_tokens(
     flows: Tensor | None,
 ) -> tuple[Tensor, Gradients, Tensor]:
     """By the kernel, all tokens: which are left out only the device knows, and the host does not wait for it."""
+    from pyfuse.backends import triton_loss  # loaded: it was chosen
+
     loss = triton_loss.TritonRowLoss(call.loss, call.ignore_index)
     v, k = weight.shape
     sizes = triton_loss.sizes(v, k, rows.dtype)

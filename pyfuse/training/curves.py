@@ -73,9 +73,8 @@ class Picture:
 
 def draw(log: Path, image: Path, uniform: float) -> None:
     """Loss, norm of the gradient and learning rate over the steps."""
-    from matplotlib.figure import (
-        Figure,
-    )  # without pyplot nothing of it is global, and no window is opened
+    # Without pyplot nothing of it is global, and no window is opened.
+    from matplotlib.figure import Figure
 
     rows = read_log(log)
     figure = Figure(figsize=(8, 8))

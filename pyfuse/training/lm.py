@@ -20,11 +20,11 @@ from torch import Tensor
 from pyfuse import ops as pyfuse_ops
 from pyfuse.models import stock
 from pyfuse.models.checkpoint import from_pretrained
+from pyfuse.models.export import hf_config, hf_tensors
 from pyfuse.models.transformer import Transformer
 from pyfuse.training import state, text, tokens
 from pyfuse.training.curves import Log, Picture
 from pyfuse.training.errors import TrainingError
-from pyfuse.training.export import hf_config, hf_tensors
 from pyfuse.training.lm_model import evaluation, loss, new_config, pretrained
 from pyfuse.training.lm_options import Options
 from pyfuse.training.loop import Listener, Plan, Trainer
@@ -74,12 +74,14 @@ def run(
     options = Options(**given) if stored is None else _options_of(stored, given, folder)
     options.check()
     options.check_together(given if stored is None else ())
-    if options.device == "cuda" and not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    if options.device == "cuda" and not gpu:
         raise TrainingError("--device: cuda, but torch finds no GPU here")
+    device = options.device or ("cuda" if gpu else "cpu")
     with ExitStack() as stack:
         stack.enter_context(_settings(options))
         options = replace(options, threads=torch.get_num_threads())
-        world = stack.enter_context(joined(options.device))
+        world = stack.enter_context(joined(device))
         _check_share(options, world)
         if world.first and stored is None:
             state.refuse_used(folder)

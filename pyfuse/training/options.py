@@ -71,8 +71,8 @@ class RunOptions:
     threads: int | None = option(
         None, "CPU threads (default: physical cores); the bits depend on it", metavar="N", least=1, free=True
     )  # fmt: skip
-    device: str = option(
-        "cuda" if torch.cuda.is_available() else "cpu", "what computes", choices=("cpu", "cuda"), free=True
+    device: str | None = option(
+        None, "what computes (default: cuda where torch finds a GPU)", choices=("cpu", "cuda"), free=True
     )  # fmt: skip
     save_every: int = option(
         100, "steps between two checkpoints; 0 for one at the end", metavar="N", least=0, free=True
@@ -86,7 +86,7 @@ class RunOptions:
         for f in fields(self):
             value, limits = getattr(self, f.name), f.metadata
             choices, least, below = limits["choices"], limits["least"], limits["below"]
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ValueError(
                     f"{flag(f.name)}: got {value!r}, needs one of {', '.join(choices)}"
                 )

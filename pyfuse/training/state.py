@@ -68,10 +68,6 @@ def write_checkpoint(
             text = json.dumps({"format": FORMAT, **state, "files": listed}, indent=1)
             _write(partial / STATE, text.encode() + b"\n")
             _sync_folder(partial)
-            if (
-                final.exists()
-            ):  # of the very same step, by a run that was ended before it removed it
-                shutil.rmtree(final)
             os.replace(partial, final)
             _sync_folder(run)
         finally:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfuse.models.checkpoint import FAMILIES
+from pyfuse.models.families import FAMILIES
 from pyfuse.models.transformer import Attention, Config, Transformer
 
 _NAMES = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
