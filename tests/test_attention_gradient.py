@@ -60,6 +60,22 @@ def within_reach(sizes: tuple[int, ...], target: Target) -> tuple[int, ...]:
     return min(batch, 2), hq // hk * hk_left, hk_left, min(m, 300), min(n, 700)
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_long_sums_do_not_drift(target: Target, d: int) -> None:
+    """Tensor cores cut off: each step of a sum in float32 would take it a little nearer to zero."""
+    q, k, v = (made(1, 1, rows, d) for rows in (32, 1024, 1024))
+    exact, eager, actual = (
+        attention(*(t.to(dtype) for t in (q, k, v)), backend=backend)
+        for backend, dtype in (
+            ("eager", torch.float64),
+            ("eager", torch.float32),
+            (target.backend, torch.float32),
+        )
+    )
+    numerics.check(actual, exact, eager, "o")
+    check({"q": q, "k": k, "v": v}, target.backend, made(1, 1, 32, d))
+
+
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (100, 50)}], ids=str)
 @pytest.mark.parametrize("sizes", LONG, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,7 +3,10 @@
 // A warp multiplies 16 rows at a time. Of the result [16, 8 PARTS] a lane holds, with g = lane / 4
 // and t = lane % 4, in part n: (g, 8n + 2t) (g, 8n + 2t + 1) (g + 8, 8n + 2t) (g + 8, 8n + 2t + 1).
 // fp16 and bf16 multiply as they are; float32 as 3xTF32: x = high + low, each in tf32, and xy =
-// low·high + high·low + high·high, which leaves an error of 2^-22.
+// low·high + high·low + high·high, which leaves an error of 2^-22. Tensor cores cut their sums off
+// toward zero, so that a long chain of them drifts: in float32 each step is added outside, rounded
+// to nearest. (Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores while
+// surpassing the FP32 theoretical peak performance", 2022)
 #pragma once
 
 #include <type_traits>
@@ -39,9 +42,11 @@ struct Operand<float> {
     uint32_t b0_high, b0_low, b1_high, b1_low;
     split(b0, b0_high, b0_low);
     split(b1, b1_high, b1_low);
-    mma(c, low, b0_high, b1_high, float());  // the small terms first: they round less
-    mma(c, high, b0_low, b1_low, float());
-    mma(c, high, b0_high, b1_high, float());
+    float step[4] = {};
+    mma(step, low, b0_high, b1_high, float());  // the small terms first: they round less
+    mma(step, high, b0_low, b1_low, float());
+    mma(step, high, b0_high, b1_high, float());
+    for (int i = 0; i < 4; ++i) c[i] += step[i];
   }
 };
 

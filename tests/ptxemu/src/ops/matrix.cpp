@@ -4,6 +4,7 @@
 #include "../access.h"
 #include "fragments.h"
 #include "pick.h"
+#include "tensor_core.h"
 
 namespace ptxemu {
 namespace {
@@ -158,14 +159,14 @@ void decode_movmatrix(Decoder& d) {
   d.inst.run = &run_movmatrix;
 }
 
-// ---- mma.sync: D = A B + C with A 16 x k, B k x 8. Each element of D is the sum in double,
-// rounded once: the hardware too adds all products of an instruction before it rounds, in a way
-// that is not documented.
+// ---- mma.sync: D = A B + C with A 16 x k, B k x 8. tensor_core.h says how 16-bit floats and tf32
+// add up in float32. Other sums are made in double and rounded once.
 
 struct MmaDetail : Detail {
   Element a = Element::F16, b = Element::F16;
   int k = 16;
   bool half_result = false;  // C and D in f16
+  SumRule rule{};            // where it cuts off
   bool saturate = false;     // of s32
 };
 
@@ -264,7 +265,14 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
         sum[row + 8 * (i / 2)][column + i % 2] = w.row<float>(c[i])[lane];
       }
     }
-  multiply(left, right, detail.k, sum);
+  if (detail.rule.block == 0) {
+    multiply(left, right, detail.k, sum);
+  } else {
+    float single[kM][kN];
+    std::copy_n(sum[0], kM * kN, single[0]);
+    add_products(left[0], kMaxK, right[0], kN, kM, kN, detail.k, detail.rule, single[0], kN);
+    std::copy_n(single[0], kM * kN, sum[0]);
+  }
   const bool known = all_defined(w, a, a_count + b_count + d_count);
   for (int i = 0; i < d_count; ++i)
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -417,6 +425,8 @@ void decode_mma(Decoder& d) {
                   : result != Type::F32 && result != Type::F16)
     d.refuse(std::string("a result of .") + name_of(result) + " is not supported");
   detail.half_result = result == Type::F16;
+  if (result == Type::F32 && bits_of(detail.a) >= 16)
+    detail.rule = sum_rule(detail.a, d.module.ast.target);
   const int d_count = is_double ? rows / 4 : detail.half_result ? 2 : 4;
   d.need_args(4, 4);
   const Type d_register = is_double            ? Type::F64

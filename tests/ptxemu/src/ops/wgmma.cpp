@@ -176,6 +176,8 @@ void decode_mma(Decoder& d) {
   d.take_one({"aligned"});
   decode_shape(d, detail);
   decode_types(d, detail);
+  if (detail.result == Type::F32 && bits_of(detail.a) >= 16)
+    detail.rule = sum_rule(detail.a, d.module.ast.target);
   detail.d_count = detail.result == Type::F16 ? detail.n / 4 : detail.n / 2;
   d.need_args(4, 8);
   const std::vector<Arg> results = Decoder::elements(d.arg(0));

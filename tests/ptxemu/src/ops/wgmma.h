@@ -9,6 +9,7 @@
 #include "../decoder.h"
 #include "../machine.h"
 #include "fragments.h"
+#include "tensor_core.h"
 
 namespace ptxemu {
 
@@ -58,6 +59,7 @@ struct WgmmaDetail : Detail {
        saturate = false;
   float sign_a = 1, sign_b = 1;
   int d_count = 0;
+  SumRule rule{};  // of a result in float32
 };
 
 /// One that was issued. The descriptors' values and scale-d are read at issue, the rest when it is

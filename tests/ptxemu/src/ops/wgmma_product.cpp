@@ -154,7 +154,15 @@ void accumulate(const AsyncMatrix& m, const float* left, const float* right, Loa
     each_element(detail, [&](int reg, int half, int lane, int row, int column) {
       at(row, column) = load(cell(reg, lane), half);
     });
-  multiply(left, right, detail.n, detail.k, sum.data());
+  if constexpr (std::is_same_v<Sum, float>) {
+    if (detail.rule.block != 0)
+      add_products(left, detail.k, right, detail.n, kWarpRows, detail.n, detail.k, detail.rule,
+                   sum.data(), detail.n);
+    else
+      multiply(left, right, detail.n, detail.k, sum.data());
+  } else {
+    multiply(left, right, detail.n, detail.k, sum.data());
+  }
   each_element(detail, [&](int reg, int half, int lane, int row, int column) {
     store(cell(reg, lane), half, at(row, column));
   });
