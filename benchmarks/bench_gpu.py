@@ -106,6 +106,7 @@ def attention(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
 def _flex(shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch.compiler.reset()  # after some shapes torch would compile no more, and run the formula
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = None
     if shape.causal:

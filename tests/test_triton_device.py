@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from contextvars import Context, ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import pyfuse
 from pyfuse import dispatch
 from pyfuse.backends import triton_compiling, triton_device, triton_tune
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
 def tensor(d: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -54,6 +55,30 @@ def test_cpu_tensors_are_not_taken_where_a_gpu_is(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(triton_device, "_stand_in", None)
     text = triton_device.why_not("q", tensor())
     assert text == "q is on cpu, Triton's kernels run on a GPU"
+
+
+def test_every_thread_has_an_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton asks for one where a kernel loads by descriptors, and keeps it in a context of the thread."""
+    from triton.runtime import _allocation
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(triton_device, "_prepared", ContextVar("_prepared", default=False))
+    gpu = object.__new__(triton_device.Gpu)
+    gpu.index = 0
+    found: list[Any] = []
+
+    def kernel(*args: Any, **options: Any) -> None:
+        found.append(_allocation._allocator.get())
+
+    def launch() -> None:
+        gpu.launch({(1,): kernel}, (1,), (), {})
+
+    contexts = [Context() for _ in range(2)]
+    for context in contexts:
+        context.run(launch)
+    contexts[0].run(triton.set_allocator, len)  # a user's own stays
+    contexts[0].run(launch)
+    assert found == [triton_device._scratch, triton_device._scratch, len]
 
 
 def test_explain_names_it() -> None:

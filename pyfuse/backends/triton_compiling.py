@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 _OURS = "pyfuse.kernels."
@@ -49,8 +50,9 @@ class Announcer:
             _log.info("compiled %s in %.1f s", fn.name, time.perf_counter() - self._started)
 
 
+@cache
 def announce() -> None:
-    """Let Triton tell of its compilations, beside whoever listens already."""
+    """Once for each process: let Triton tell of its compilations, beside whoever listens already."""
     from triton import knobs
 
     announcer = Announcer()

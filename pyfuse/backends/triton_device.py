@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Any, Protocol
@@ -53,11 +54,12 @@ class Gpu:
         else:
             self.arch = 10 * properties.major + properties.minor
         self.multiprocessors: int = properties.multi_processor_count
-        _prepare_triton()
 
     def launch(
         self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
+        if not _prepared.get():
+            _prepare_triton()
         if torch.cuda.current_device() == self.index:
             kernel[grid](*args, **options)
             return
@@ -76,14 +78,18 @@ class Gpu:
                 return None
 
 
-@cache
+# Triton keeps its allocator in a context variable: a new thread has none.
+_prepared: ContextVar[bool] = ContextVar("_prepared", default=False)
+
+
 def _prepare_triton() -> None:
-    """Once for each process: memory for tensor descriptors, and word of what is compiled."""
+    """Once for each context: memory for tensor descriptors; and, once in all, word of what is compiled."""
     import triton
 
     from pyfuse.backends.triton_compiling import announce
 
     triton.set_allocator(_scratch)
+    _prepared.set(True)
     announce()
 
 
