@@ -39,11 +39,11 @@ test-gpu: $(BIN)/pyfuse ## every backend test on emulated GPUs, of which make te
 
 TRITON_NEWEST ?= 3.9.0
 # Tiles are chosen for the registers that the pinned Triton needs, so what only counts these is left out; and so are the
-# tests of the emulator itself.
+# tests of the emulator itself. Every kernel is compiled anew for it, so the sample is a smaller one.
 test-triton-newest: $(BIN)/pyfuse ## the tests that run Triton kernels, in samples as above, with the newest Triton
 	test -d build/triton-$(TRITON_NEWEST) || $(BIN)/python -m pip install --quiet --no-deps \
 	  --target build/triton-$(TRITON_NEWEST) triton==$(TRITON_NEWEST)
-	PYTHONPATH=build/triton-$(TRITON_NEWEST) $(PYTEST) -m "triton and not ahead_of_time" --ignore=tests/ptxemu
+	PYTHONPATH=build/triton-$(TRITON_NEWEST) $(PYTEST) -m "triton and not ahead_of_time" --ignore=tests/ptxemu --sample=48 $(ARGS)
 
 # The three below need no Python, only cmake (the virtual environment's, or the system's) and a compiler.
 # ARGS: --slow, --isa=avx2, a part of a test's name.

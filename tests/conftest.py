@@ -40,6 +40,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "(default), all of them, or all of them and nothing else (make test-gpu)",
     )
     parser.addoption(
+        "--sample",
+        type=int,
+        default=12,
+        metavar="N",
+        help="a sample is one of so many tests, as each of them compiles several kernels (default 12)",
+    )
+    parser.addoption(
         "--gpu-device",
         choices=("emulator", "cuda"),
         default="emulator",
@@ -47,10 +54,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# On the emulator one test in so many runs for each of these; its marker `emulated` may say otherwise. Of all these a
-# sample is one in SAMPLE: each of them compiles several kernels, which takes seconds.
+# On the emulator one test in so many runs for each of these; its marker `emulated` may say otherwise.
 EMULATED = {80: 1, 90: 1, 89: 16, 120: 16}
-SAMPLE = 12
 _RUNNING = [name for name, reason in dispatch.backend_status().items() if reason is None]
 
 
@@ -138,7 +143,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if share is None:
             (left_out if wanted == "only" else kept).append(item)
             continue
-        share *= SAMPLE if wanted == "sample" else 1
+        share *= config.getoption("--sample") if wanted == "sample" else 1
         lucky = share > 0 and crc32(item.nodeid.encode()) % share == 0
         (kept if lucky else left_out).append(item)
     items[:] = kept
