@@ -23,4 +23,9 @@ def minis(**sizes: Any) -> dict[str, Config]:
             **sizes, encoder_layers=2, norm_first=False, position="sinusoidal",
             embedding_scale=sizes["width"] ** 0.5, activation="relu",
         ),
+        "t5": Config(
+            **sizes, encoder_layers=2, position="relative", buckets=8, max_distance=16, attention_scale=1.0,
+            norm="rms", activation="relu", attention_bias=False, hidden_bias=False,
+            head_scale=sizes["width"] ** -0.5,
+        ),
     }  # fmt: skip

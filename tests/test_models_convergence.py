@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_cases import VOCAB, build
+import transformers as hf
+from hf_cases import _SIZES, VOCAB, build
 from model_cases import minis
 from torch import Tensor, nn
 
@@ -85,11 +86,22 @@ def test_reference_models(name: str, dtype: torch.dtype) -> None:
     compare(runs, dtype)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bart"])
-def test_models_of_hugging_face_under_accelerate(name: str) -> None:
+def made(name: str) -> Any:
+    """A small model of Hugging Face's, with weights as they are initialised for BERT, with larger ones for others."""
+    if not name.startswith("Bert"):
+        return build(name)
+    torch.manual_seed(0)
+    return getattr(hf, name)(hf.BertConfig(**_SIZES, num_labels=7))
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "bart", "BertForMaskedLM", "BertForSequenceClassification"]
+)
+def test_models_of_hugging_face_under_accelerate(name: str, dtype: torch.dtype) -> None:
     runs = []
     for accelerated in (True, False):
-        model = build(name)
+        model = made(name)
         for part in model.modules():  # other random numbers are other losses
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
@@ -106,11 +118,14 @@ def test_models_of_hugging_face_under_accelerate(name: str) -> None:
             pyfuse.accelerate(model, verify=False)
 
         def loss_of(ids: Tensor, targets: Tensor, mask: Tensor, model: Any = model) -> Tensor:
+            if name == "BertForSequenceClassification":  # which word the text begins with
+                logits = model(ids, attention_mask=mask).logits
+                return F.cross_entropy(logits, ids[:, 0] % 7)
             if model.config.is_encoder_decoder:
                 logits = model(ids, attention_mask=mask, decoder_input_ids=ids).logits
             else:
                 logits = model(ids, attention_mask=mask).logits
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-        runs.append((model, trained(model, loss_of, torch.float32)))
-    compare(runs, torch.float32)
+        runs.append((model, trained(model, loss_of, dtype)))
+    compare(runs, dtype)

@@ -16,11 +16,12 @@ import transformers as hf
 from hf_cases import _SIZES, VOCAB, build, padded, tokens
 from model_cases import minis
 from torch import Tensor
+from transformers.models.t5.modeling_t5 import T5Attention
 
 import pyfuse.ops
 from pyfuse.models import stock, zoo
 from pyfuse.models.checkpoint import from_pretrained
-from pyfuse.models.transformer import Config, Transformer
+from pyfuse.models.transformer import Config, RelativeBias, Transformer
 
 LENGTH = 33
 SCALED = {
@@ -36,7 +37,7 @@ SIZES: dict[str, Any] = {"vocabulary": 31, "width": 24, "layers": 2, "heads": 4,
 
 def made(name: str) -> hf.PreTrainedModel:
     """A small random model of Hugging Face's; parameters large enough that every part matters."""
-    if name in ("gpt2", "llama", "mistral", "bart"):
+    if name in ("gpt2", "llama", "mistral", *PAIRS):
         return build(name)
     torch.manual_seed(0)
     if name == "llama3":
@@ -54,6 +55,7 @@ def made(name: str) -> hf.PreTrainedModel:
 
 
 DECODERS = ["gpt2", "llama", "llama3", "mistral"]
+PAIRS = ["bart", "t5", "t5_gated"]
 ENCODERS = ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"]
 
 
@@ -78,7 +80,7 @@ def result(model: Any, name: str, theirs: dict[str, Tensor], ours: dict[str, Ten
     if not isinstance(model, Transformer):
         found: Tensor = model(**theirs)[0]
         return found
-    if name == "bart":
+    if name in PAIRS:
         mask = theirs["attention_mask"]
         memory = model.encode(theirs["input_ids"], mask)
         return model(ours["ids"], memory=memory, memory_mask=mask)
@@ -87,7 +89,7 @@ def result(model: Any, name: str, theirs: dict[str, Tensor], ours: dict[str, Ten
 
 @pytest.mark.parametrize("ops", [pyfuse.ops, stock], ids=["pyfuse", "stock"])
 @pytest.mark.parametrize("side", ["none", "right", "left"])
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, "bart"])
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS, *PAIRS])
 def test_logits_are_those_of_hugging_face(name: str, side: str, ops: Any) -> None:
     model = made(name)
     mask = torch.ones(3, LENGTH, dtype=torch.int64)
@@ -100,13 +102,13 @@ def test_logits_are_those_of_hugging_face(name: str, side: str, ops: Any) -> Non
         exact = result(model.double(), name, *arguments)
     if name == "BertForSequenceClassification" and side == "left":
         actual, eager, exact = (t[mask[:, 0] == 1] for t in (actual, eager, exact))
-    elif name not in ("bart", "BertForSequenceClassification"):
+    elif name not in (*PAIRS, "BertForSequenceClassification"):
         seen = mask.bool()
         actual, eager, exact = actual[seen], eager[seen], exact[seen]
     numerics.check(actual, exact, eager, name)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "BertForMaskedLM", "bart"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "BertForMaskedLM", *PAIRS])
 def test_losses_and_gradients_are_those_of_hugging_face(name: str) -> None:
     model = made(name).eval()
     ours = from_pretrained(model)
@@ -114,7 +116,7 @@ def test_losses_and_gradients_are_those_of_hugging_face(name: str) -> None:
     targets = tokens(3, given["ids"].shape[1], seed=5)
     targets[:, :3] = -100
     stock = F.cross_entropy(result(model, name, theirs, given).flatten(0, 1), targets.flatten())
-    if name == "bart":
+    if name in PAIRS:
         memory = ours.encode(theirs["input_ids"], theirs["attention_mask"])
         given = {"ids": given["ids"], "memory": memory, "memory_mask": theirs["attention_mask"]}
     loss = ours(**given, targets=targets)
@@ -136,7 +138,7 @@ def test_losses_and_gradients_are_those_of_hugging_face(name: str) -> None:
     torch.testing.assert_close(ours_total, theirs_total, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "BertForMaskedLM", "bart"])
+@pytest.mark.parametrize("name", ["gpt2", "BertForMaskedLM", *PAIRS])
 def test_a_folder_is_read(name: str, tmp_path: Path) -> None:
     model = made(name)
     model.save_pretrained(tmp_path / "one")
@@ -164,8 +166,8 @@ def test_a_pickle_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model_type 't5', needs one of gpt2, llama"):
-        from_pretrained(build("t5"))
+    with pytest.raises(ValueError, match="model_type 'distilbert', needs one of gpt2, llama"):
+        from_pretrained(build("distilbert"))
     model = made("gpt2")
     model.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
@@ -332,6 +334,18 @@ def test_padding_is_not_computed(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("buckets, distance", [(32, 128), (8, 16), (6, 200)])
+def test_buckets_of_distances_are_those_of_hugging_face(
+    causal: bool, buckets: int, distance: int
+) -> None:
+    config = Config(**SIZES, position="relative", buckets=buckets, max_distance=distance)
+    bias = RelativeBias(config)
+    ahead = torch.arange(-300, 301)
+    theirs = T5Attention._relative_position_bucket(ahead, not causal, buckets, distance)
+    assert torch.equal(bias._bucket(ahead, causal), theirs)
+
+
 def test_nothing_but_padding() -> None:
     model = Transformer(CONFIGS["bert"])
     ids = torch.randint(31, (2, 5))
@@ -358,6 +372,15 @@ def test_the_table_is_one() -> None:
         ({"activation": "tanh"}, "activation: got 'tanh'"),
         ({"head": "classes"}, "classes: got 0 with head='classes'"),
         ({"classes": 2}, "classes: got 2 with head='lm'"),
+        ({"labels": ("a", "b")}, "classes: got 2 with head='lm'"),
+        ({"head": "classes", "labels": ("a", "a")}, "labels: needs 2 different names"),
+        (
+            {"head": "classes", "classes": 3, "labels": ("a", "b")},
+            "labels: needs 3 different names",
+        ),
+        ({"buckets": 3}, "needs at least 4 buckets"),
+        ({"max_distance": 16}, "buckets, max_distance: got 32 and 16"),
+        ({"head_scale": 0.0}, "head_scale: expected a positive number"),
         ({"encoder_layers": 1, "causal": False}, "encoder_layers: what follows"),
     ],
 )
@@ -384,6 +407,11 @@ def test_errors_of_a_call() -> None:
         Transformer(Config(**SIZES, head=None))(ids, targets=ids)
     with pytest.raises(IndexError):
         plain(ids + VOCAB)
+    relative = Transformer(CONFIGS["t5"])
+    with pytest.raises(
+        ValueError, match="positions: got a tensor, but those of the model are relative"
+    ):
+        relative(ids, memory=relative.encode(ids), positions=ids)
 
 
 def test_a_configuration_reads_back() -> None:

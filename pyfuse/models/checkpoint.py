@@ -1,4 +1,4 @@
-"""The weights of real models for `pyfuse.models.transformer`: GPT-2, Llama and Mistral, BERT, BART.
+"""The weights of real models for `pyfuse.models.transformer`: GPT-2, Llama and Mistral, BERT, BART, Marian, T5.
 
 model = from_pretrained("folder")                    # config.json beside model.safetensors
 model = from_pretrained("file.gguf")                 # dequantized by transformers
@@ -8,7 +8,7 @@ model = from_pretrained(hf_model)                    # a Hugging Face model in m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyfuse import ops as pyfuse_ops
-from pyfuse.models.families import FAMILIES, Family
+from pyfuse.models.families import Family, config_fields, family_of, of_head
 from pyfuse.models.transformer import Config, Transformer
 
 
@@ -31,32 +31,41 @@ def from_pretrained(
 
     source: a folder with config.json and safetensors (one file or several with an index), a GGUF file, or a Hugging
       Face model. dtype: of the weights, by default as they are there. ops: see `Transformer`.
-    changes: of the `Config`, as dropout=0.1, or head="classes", classes=2: layers of a head that the source lacks
-      keep their initial values.
+    changes: of the `Config`, as dropout=0.1, position="sinusoidal" where the positions that are learned there are
+      sinusoids, or of its head: head="classes", labels=("ham", "spam"); head="mlm".
+      What the new head needs and the source lacks keeps its initial values, drawn by torch's generator, as does a
+      classifier of other labels, or of another number of them (classes=5), than the source has.
 
     ValueError: a type of model, or an option of one, that the Transformer lacks; a weight that is missing or has no
     place; weights in nothing but a pickle. FileNotFoundError: no such folder, or no weights in it.
     """
     theirs, tensors, where = _read(source)
-    kind = theirs.get("model_type")
-    family = FAMILIES.get(str(kind))
-    if family is None:
-        raise ValueError(f"{where}: model_type {kind!r}, needs one of {', '.join(FAMILIES)}")
-    fields = family.config(theirs)
-    architecture, *_ = theirs.get("architectures") or [None]
-    fields.setdefault("head", family.heads.get(architecture, None))
-    if fields["head"] == "classes":
-        fields["classes"] = len(theirs.get("id2label") or (0, 1))
-    own_head = fields["head"]
+    try:
+        fields = config_fields(theirs)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    own = Config(**fields)
+    kept = changes.get("head", own.head), changes.get("classes", own.classes)
+    if kept != ("classes", own.classes) or "labels" in changes:
+        fields |= {"classes": 0, "labels": ()}
     config = Config(**fields | changes)
     model = Transformer(config, ops)
-    state = model.state_dict()
-    weights = _Weights(family, tensors, config.position == "learned")
-    missing = [name for name in state if not weights.copy_to(name, state[name])]
-    lost = [n for n in missing if config.head == own_head or not _of_head(n)]
+    renamed = own.labels and config.labels and own.labels != config.labels
+    anew: tuple[str, ...] = ("classifier",) if renamed or own.classes != config.classes else ()
+    weights = _Weights(family_of(theirs), tensors)
+    missing = [
+        name for name, to in model.state_dict().items()
+        if not name.startswith(anew) and not weights.copy_to(name, to)
+    ]  # fmt: skip
+    new_head = config.head != own.head
+    lost = [n for n in missing if not (new_head and of_head(n))]
     if lost:
         raise ValueError(f"{where}: no weights for {', '.join(lost[:5])}{' …' * (len(lost) > 5)}")
-    placeless = weights.unread(without_head=config.head != own_head)
+    if config.position == "sinusoidal":
+        weights.read_sinusoids()
+    placeless = weights.unread(
+        without=lambda ours: ours.startswith(anew) or (new_head and of_head(ours))
+    )
     if placeless:
         raise ValueError(
             f"{where}: weights without a place: {', '.join(placeless[:5])}{' …' * (len(placeless) > 5)}"
@@ -66,24 +75,19 @@ def from_pretrained(
     ).eval()
 
 
-def _of_head(name: str) -> bool:
-    return not name.startswith(("encoder.", "decoder."))
-
-
 class _Weights:
     """Their tensors under our names."""
 
-    def __init__(self, family: Family, tensors: Mapping[str, Tensor], learned: bool) -> None:
+    def __init__(self, family: Family, tensors: Mapping[str, Tensor]) -> None:
         self.family, self.tensors = family, tensors
         self.read: set[str] = set()
-        self.learned = learned
 
     def copy_to(self, name: str, to: Tensor) -> bool:
         """Whether there is such a weight; copied then."""
         layer, _, kind = name.rpartition(".")
         if not layer:  # a parameter of the model itself: its name says all
             layer, kind = name, ""
-        parts = [self._find(t, kind) for t in self._names(layer)]
+        parts = [self._find(t, kind) for t in self.family.names(layer)]
         if not parts or None in parts:
             return False
         found = [p for p in parts if p is not None]
@@ -102,14 +106,17 @@ class _Weights:
         to.copy_(whole)
         return True
 
-    def _names(self, layer: str) -> Iterator[str]:
-        stack, _, rest = layer.partition(".blocks.")
-        if not rest:
-            yield from self.family.outer.get(layer, ())
-            return
-        index, _, part = rest.partition(".")
-        for theirs in self.family.block.get(part, ()):
-            yield f"{self.family.stacks[stack]}.{index}.{theirs}"
+    def read_sinusoids(self) -> None:
+        """Tables of positions that say what the model computes. ValueError: they say something else."""
+        for side in ("encoder", "decoder"):
+            for name in self.family.names(f"{side}.embedding.position"):
+                table = self._find(name, "weight")
+                if table is None:
+                    continue
+                table = table[self.family.first_position :].float()
+                sinusoids = pyfuse_ops.sinusoidal_encoding(*table.shape, device=table.device)
+                if not torch.allclose(table, sinusoids, atol=1e-2):  # bfloat16 is as coarse
+                    raise ValueError(f"position: {name} of the source holds no sinusoids like ours")
 
     def _find(self, layer: str, kind: str) -> Tensor | None:
         name = f"{layer}.{kind}" if kind else layer
@@ -119,13 +126,12 @@ class _Weights:
                 return self.tensors[candidate]
         return None
 
-    def unread(self, without_head: bool) -> list[str]:
-        """without_head: leave out those of their head."""
+    def unread(self, without: Callable[[str], bool]) -> list[str]:
+        """without: which of our layers outside the blocks may be left out."""
         prefix, skipped = self.family.prefix, self.family.unread
-        if without_head:
-            skipped += tuple(
-                n for ours, names in self.family.outer.items() if _of_head(ours) for n in names
-            )
+        skipped += tuple(
+            n for ours, names in self.family.outer.items() if without(ours) for n in names
+        )
         return [
             name
             for name in self.tensors

@@ -1,26 +1,26 @@
-"""How Hugging Face writes GPT-2, Llama and Mistral, BERT and BART down: for each, its configuration in the terms of
-`pyfuse.models.transformer`, and for each of our layers the names of theirs."""
+"""How Hugging Face writes GPT-2, Llama, Mistral, BERT, BART, Marian and T5 down: for each of our layers the names of
+theirs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pyfuse.models import configurations
+
 Names = dict[str, list[str]]
-_ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "relu": "relu", "silu": "silu", "swish": "silu",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
     """How Hugging Face writes models of a type down.
 
-    config: their configuration -> ours. prefix: before the names in a model with a head. stacks: ours -> where their
-    layers are. block, outer: our layer -> theirs, several one after another. heads: their classes -> Config.head.
-    unread: beginnings of names whose weights have no place here, or stand in another as well.
+    config: their configuration -> ours. prefix: before the names of all but the head, in a model that has one.
+    stacks: ours -> where their layers are. block: our layer, of all stacks or of a certain one -> theirs, several one
+    after another; outer: the same outside the blocks.
+    heads: their classes -> Config.head. unread: beginnings of names whose weights have no place here, or stand in
+    another as well. copies: of which name another one is a copy, where the head is not tied.
     """
 
     config: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -30,123 +30,51 @@ class Family:
     outer: Names
     heads: dict[str, str | None]
     unread: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
     transposed: bool = False  # matrices are [in, out]
     first_position: int = 0  # row of their position table
 
-
-def _only(theirs: Mapping[str, Any], **wanted: Any) -> None:
-    """Options that have but one value here."""
-    for name, value in wanted.items():
-        if theirs.get(name, value) != value:
-            raise ValueError(
-                f"{theirs['model_type']}: {name}={theirs[name]!r}, the Transformer has {value!r} only"
-            )
-
-
-def _activation(theirs: Mapping[str, Any], name: str) -> str:
-    if theirs[name] not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise ValueError(f"{theirs['model_type']}: {name}={theirs[name]!r}, needs one of {known}")
-    return _ACTIVATIONS[theirs[name]]
+    def names(self, layer: str) -> list[str]:
+        """Theirs of one of our layers; none, if it has no place there."""
+        stack, _, rest = layer.partition(".blocks.")
+        if not rest:
+            return self.outer.get(layer, [])
+        index, _, part = rest.partition(".")
+        inner = self.block.get(part) or self.block.get(f"{stack}.{part}", [])
+        return [f"{self.stacks[stack]}.{index}.{name}" for name in inner]
 
 
-def _gpt2(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    _only(
-        theirs,
-        scale_attn_weights=True,
-        scale_attn_by_inverse_layer_idx=False,
-        add_cross_attention=False,
-    )
-    _only(theirs, embd_pdrop=theirs.get("resid_pdrop", 0.1))
-    return {
-        "vocabulary": theirs["vocab_size"],
-        "width": theirs["n_embd"],
-        "layers": theirs["n_layer"],
-        "heads": theirs["n_head"],
-        "hidden": theirs.get("n_inner") or 4 * theirs["n_embd"],
-        "max_positions": theirs["n_positions"],
-        "norm_eps": theirs["layer_norm_epsilon"],
-        "activation": _activation(theirs, "activation_function"),
-        "dropout": theirs.get("resid_pdrop", 0.1),
-        "attention_dropout": theirs.get("attn_pdrop", 0.1),
-        "tied": theirs.get("tie_word_embeddings", True),
-    }
+def family_of(theirs: Mapping[str, Any]) -> Family:
+    """Of their configuration. ValueError: a type of model that the Transformer lacks."""
+    kind = theirs.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r}, needs one of {', '.join(FAMILIES)}")
+    if kind == "t5" and "gated" in theirs.get("feed_forward_proj", ""):  # T5 1.1
+        kind = "mt5"
+    return FAMILIES[kind]
 
 
-def _llama(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    scaling = theirs.get("rope_parameters") or theirs.get("rope_scaling")
-    theta = (scaling or {}).get("rope_theta") or theirs.get("rope_theta") or 10000.0
-    _only(theirs, partial_rotary_factor=1.0)
-    return {
-        "vocabulary": theirs["vocab_size"],
-        "width": theirs["hidden_size"],
-        "layers": theirs["num_hidden_layers"],
-        "heads": theirs["num_attention_heads"],
-        "kv_heads": theirs.get("num_key_value_heads"),
-        "head_dim": theirs.get("head_dim"),
-        "hidden": theirs["intermediate_size"],
-        "max_positions": theirs["max_position_embeddings"],
-        "position": "rope",
-        "rope_theta": theta,
-        "rope_scaling": scaling,
-        "norm": "rms",
-        "norm_eps": theirs["rms_norm_eps"],
-        "activation": _activation(theirs, "hidden_act"),
-        "gated": True,
-        "attention_bias": theirs.get("attention_bias", False),
-        "hidden_bias": theirs.get("mlp_bias", False),
-        "window": theirs.get("sliding_window"),
-        "attention_dropout": theirs.get("attention_dropout", 0.0),
-        "tied": theirs.get("tie_word_embeddings", False),
-    }
+def of_head(ours: str) -> bool:
+    """Whether a layer or parameter stands beside the blocks and their embedding."""
+    return not ours.startswith(("encoder.", "decoder."))
 
 
-def _bert(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    _only(theirs, is_decoder=False, position_embedding_type="absolute")
-    return {
-        "vocabulary": theirs["vocab_size"],
-        "width": theirs["hidden_size"],
-        "layers": theirs["num_hidden_layers"],
-        "heads": theirs["num_attention_heads"],
-        "hidden": theirs["intermediate_size"],
-        "max_positions": theirs["max_position_embeddings"],
-        "causal": False,
-        "norm_first": False,
-        "norm_eps": theirs["layer_norm_eps"],
-        "activation": _activation(theirs, "hidden_act"),
-        "embedding_norm": True,
-        "segments": theirs["type_vocab_size"],
-        "dropout": theirs["hidden_dropout_prob"],
-        "attention_dropout": theirs["attention_probs_dropout_prob"],
-        "tied": theirs.get("tie_word_embeddings", True),
-    }
-
-
-def _bart(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("attention_heads", "ffn_dim"):
-        _only(theirs, **{f"encoder_{name}": theirs[f"decoder_{name}"]})
-    return {
-        "vocabulary": theirs["vocab_size"],
-        "width": theirs["d_model"],
-        "layers": theirs["decoder_layers"],
-        "encoder_layers": theirs["encoder_layers"],
-        "heads": theirs["decoder_attention_heads"],
-        "hidden": theirs["decoder_ffn_dim"],
-        "max_positions": theirs["max_position_embeddings"],
-        "norm_first": False,
-        "activation": _activation(theirs, "activation_function"),
-        "embedding_norm": True,
-        "embedding_scale": theirs["d_model"] ** 0.5 if theirs.get("scale_embedding") else 1.0,
-        "head_bias": True,
-        "dropout": theirs["dropout"],
-        "attention_dropout": theirs["attention_dropout"],
-        "hidden_dropout": theirs["activation_dropout"],
-        "tied": theirs.get("tie_word_embeddings", True),
-    }
+def config_fields(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Their configuration as the arguments of `Config`. ValueError: a type or an option that the Transformer lacks."""
+    family = family_of(theirs)
+    architecture, *_ = theirs.get("architectures") or [None]
+    found = family.config(theirs) | {"head": family.heads.get(architecture)}
+    if found["head"] == "classes":
+        names = theirs.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+        labels = tuple(names[i] for i in sorted(names, key=int))
+        found["classes"] = len(labels)
+        unnamed = all(name == f"LABEL_{i}" for i, name in enumerate(labels))
+        found["labels"] = () if unnamed else labels
+    return found
 
 
 _LLAMA = Family(
-    _llama,
+    configurations.llama,
     "model.",
     {"decoder": "layers"},
     {
@@ -162,12 +90,86 @@ _LLAMA = Family(
         "decoder.norm": ["norm"],
         "matrix": ["lm_head.weight"],
     },
-    {"LlamaForCausalLM": "lm", "MistralForCausalLM": "lm"},
+    {"LlamaForCausalLM": "lm", "LlamaModel": None},
     ("lm_head.",),
+)
+_BART = Family(
+    configurations.bart,
+    "model.",
+    {"encoder": "encoder.layers", "decoder": "decoder.layers"},
+    {
+        "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "attention.out": ["self_attn.out_proj"],
+        "norm1": ["self_attn_layer_norm"],
+        "cross.query": ["encoder_attn.q_proj"],
+        "cross.key_value": ["encoder_attn.k_proj", "encoder_attn.v_proj"],
+        "cross.out": ["encoder_attn.out_proj"],
+        "cross_norm": ["encoder_attn_layer_norm"],
+        "feed_forward.up": ["fc1"],
+        "feed_forward.down": ["fc2"],
+        "norm2": ["final_layer_norm"],
+    },
+    {
+        f"{side}.embedding.{ours}": [theirs if theirs == "shared" else f"{side}.{theirs}"]
+        for side in ("encoder", "decoder")
+        for ours, theirs in (
+            ("token", "shared"),
+            ("position", "embed_positions"),
+            ("norm", "layernorm_embedding"),
+        )
+    }
+    | {"matrix": ["lm_head.weight"], "bias": ["final_logits_bias"]},
+    {"BartForConditionalGeneration": "lm", "BartModel": None},
+    ("lm_head.", "encoder.embed_tokens.", "decoder.embed_tokens."),
+    copies={
+        f"model.{side}.embed_tokens.weight": "model.shared.weight"
+        for side in ("encoder", "decoder")
+    },
+    first_position=2,
+)
+_T5 = Family(
+    configurations.t5,
+    "",
+    {"encoder": "encoder.block", "decoder": "decoder.block"},
+    {
+        "norm1": ["layer.0.layer_norm"],
+        "attention.qkv": [f"layer.0.SelfAttention.{name}" for name in "qkv"],
+        "attention.out": ["layer.0.SelfAttention.o"],
+        "cross_norm": ["layer.1.layer_norm"],
+        "cross.query": ["layer.1.EncDecAttention.q"],
+        "cross.key_value": ["layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v"],
+        "cross.out": ["layer.1.EncDecAttention.o"],
+    }
+    | {
+        f"{side}.{ours}": [f"layer.{i}.{theirs}"]
+        for side, i in (("encoder", 1), ("decoder", 2))
+        for ours, theirs in (
+            ("norm2", "layer_norm"),
+            ("feed_forward.up", "DenseReluDense.wi"),
+            ("feed_forward.down", "DenseReluDense.wo"),
+        )
+    },
+    {
+        f"{side}.{ours}": [theirs if theirs == "shared" else f"{side}.{theirs}"]
+        for side in ("encoder", "decoder")
+        for ours, theirs in (
+            ("embedding.token", "shared"),
+            ("relative", "block.0.layer.0.SelfAttention.relative_attention_bias"),
+            ("norm", "final_layer_norm"),
+        )
+    }
+    | {"matrix": ["lm_head.weight"]},
+    {
+        "T5ForConditionalGeneration": "lm",
+        "MT5ForConditionalGeneration": "lm",
+        "T5Model": None,
+        "MT5Model": None,
+    },
+    ("lm_head.", "encoder.embed_tokens.", "decoder.embed_tokens."),
 )
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
-        _gpt2,
+        configurations.gpt2,
         "transformer.",
         {"decoder": "h"},
         {
@@ -184,14 +186,14 @@ FAMILIES: dict[str, Family] = {
             "decoder.norm": ["ln_f"],
             "matrix": ["lm_head.weight"],
         },
-        {"GPT2LMHeadModel": "lm"},
+        {"GPT2LMHeadModel": "lm", "GPT2Model": None},
         ("lm_head.",),
         transposed=True,
     ),
     "llama": _LLAMA,
-    "mistral": _LLAMA,
+    "mistral": replace(_LLAMA, heads={"MistralForCausalLM": "lm", "MistralModel": None}),
     "bert": Family(
-        _bert,
+        configurations.bert,
         "bert.",
         {"decoder": "encoder.layer"},
         {
@@ -216,35 +218,22 @@ FAMILIES: dict[str, Family] = {
         },
         {"BertForMaskedLM": "mlm", "BertForSequenceClassification": "classes", "BertModel": None},
         ("pooler.", "cls.predictions.decoder.", "cls.seq_relationship."),
+        copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     ),
-    "bart": Family(
-        _bart,
-        "model.",
-        {"encoder": "encoder.layers", "decoder": "decoder.layers"},
-        {
-            "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            "attention.out": ["self_attn.out_proj"],
-            "norm1": ["self_attn_layer_norm"],
-            "cross.query": ["encoder_attn.q_proj"],
-            "cross.key_value": ["encoder_attn.k_proj", "encoder_attn.v_proj"],
-            "cross.out": ["encoder_attn.out_proj"],
-            "cross_norm": ["encoder_attn_layer_norm"],
-            "feed_forward.up": ["fc1"],
-            "feed_forward.down": ["fc2"],
-            "norm2": ["final_layer_norm"],
+    "bart": _BART,
+    "marian": replace(
+        _BART,
+        config=configurations.marian,
+        heads={"MarianMTModel": "lm", "MarianModel": None},
+        first_position=0,
+    ),
+    "t5": _T5,
+    "mt5": replace(
+        _T5,
+        block=_T5.block
+        | {
+            f"{side}.feed_forward.up": [f"layer.{i}.DenseReluDense.wi_{j}" for j in (0, 1)]
+            for side, i in (("encoder", 1), ("decoder", 2))
         },
-        {
-            f"{side}.embedding.{ours}": [theirs if theirs == "shared" else f"{side}.{theirs}"]
-            for side in ("encoder", "decoder")
-            for ours, theirs in (
-                ("token", "shared"),
-                ("position", "embed_positions"),
-                ("norm", "layernorm_embedding"),
-            )
-        }
-        | {"matrix": ["lm_head.weight"], "bias": ["final_logits_bias"]},
-        {"BartForConditionalGeneration": "lm", "BartModel": None},
-        ("lm_head.", "encoder.embed_tokens.", "decoder.embed_tokens."),
-        first_position=2,
     ),
 }

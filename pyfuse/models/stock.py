@@ -37,6 +37,7 @@ def attention(
     mask: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
+    scale: float | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     if window is not None or (causal and mask is not None):  # torch has the one or the other
@@ -45,9 +46,13 @@ def attention(
         seen = (j <= i) if causal else torch.ones_like(j <= i)
         if window is not None:
             seen &= i - j < window
-        mask, causal = seen if mask is None else mask & seen, False
+        if mask is None or mask.dtype == torch.bool:
+            mask = seen if mask is None else mask & seen
+        else:
+            mask = mask.masked_fill(~seen, -torch.inf)
+        causal = False
     return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout_p, causal, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, dropout_p, causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 

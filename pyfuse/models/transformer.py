@@ -1,4 +1,4 @@
-"""The Transformer by one configuration: GPT-2, Llama, BERT, and the encoder-decoder of the first paper and of BART.
+"""The Transformer by one configuration: GPT-2, Llama, BERT, and the encoder-decoder of the first paper, BART and T5.
 
 Read from top to bottom: the configuration, the parts of a block, the block, the model. Every part is an operation of
 pyfuse between matrix products; `pyfuse.models.checkpoint` fills it with the weights of real models.
@@ -16,6 +16,7 @@ Letters: B sequences of T tokens, W width, V vocabulary, H heads of D.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from pyfuse.nn import InputEmbedding, RotaryEmbedding
 
 NORMS, POSITIONS, HEADS = (
     ("layer", "rms"),
-    ("learned", "sinusoidal", "rope"),
+    ("learned", "sinusoidal", "rope", "relative"),
     ("lm", "mlm", "classes", None),
 )
 
@@ -42,15 +43,17 @@ class Config:
     causal: each token sees those before it (a decoder), else all (an encoder).
     encoder_layers: of an encoder before the decoder, of the same sizes; 0 for none.
     kv_heads: fewer heads of keys and values than of queries (arXiv:2305.13245); None: as many.
-    position: "learned" (a table of max_positions rows), "sinusoidal" or "rope" (arXiv:2104.09864, with Hugging Face's
-      rope_scaling).
+    position: "learned" (a table of max_positions rows), "sinusoidal", "rope" (arXiv:2104.09864, with Hugging Face's
+      rope_scaling) or "relative" (T5's, arXiv:1910.10683: see `RelativeBias` for buckets and max_distance).
+    attention_scale: of the products of queries and keys; None: 1 / √D.
     norm: "layer" (arXiv:1607.06450) or "rms" (arXiv:1910.07467, in Llama's casting order); norm_first: see above.
     activation: of the feed-forward block, by its name in `pyfuse.dropout`; gated: down(act(gate(x)) · up(x))
       (arXiv:2002.05202).
     attention_bias, hidden_bias: of the linear layers. embedding_norm, embedding_scale, segments: of the embedding.
     window: tokens that one sees, itself included; None: all.
     head: "lm", the logits of the next token; "mlm", BERT's of a masked one; "classes", BERT's of `classes` classes
-      of a sequence; None, x itself. tied: the head's matrix is the embedding's; head_bias: of the lm head.
+      of a sequence, which may have names, `labels`; None, x itself. tied: the head's matrix is the embedding's;
+      head_bias: of the lm head. head_scale: of x before it.
     dropout: of the embedding and of what is added to x; attention_dropout: of the weights of attention;
       hidden_dropout: after the activation.
     """
@@ -68,6 +71,9 @@ class Config:
     position: str = "learned"
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    buckets: int = 32
+    max_distance: int = 128
+    attention_scale: float | None = None
     norm: str = "layer"
     norm_eps: float = 1e-5
     norm_first: bool = True
@@ -82,13 +88,19 @@ class Config:
     head: str | None = "lm"
     tied: bool = True
     head_bias: bool = False
+    head_scale: float = 1.0
     classes: int = 0
+    labels: tuple[str, ...] = ()
     dropout: float = 0.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocabulary", "width", "layers", "heads", "hidden", "max_positions"):
+        object.__setattr__(self, "labels", tuple(self.labels))  # JSON has lists only
+        if self.labels and not self.classes:
+            object.__setattr__(self, "classes", len(self.labels))
+        sizes = ("vocabulary", "width", "layers", "heads", "hidden", "max_positions", "head_scale")
+        for name in sizes:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.head_dim is None and self.width % self.heads:
@@ -100,8 +112,15 @@ class Config:
         ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, needs one of {known}")
+        if self.buckets < 4 or self.max_distance <= self.buckets // 2:
+            raise ValueError(
+                f"buckets, max_distance: got {self.buckets} and {self.max_distance}, needs at least 4 buckets, "
+                "and more distances than half of them"
+            )
         if (self.head == "classes") != (self.classes > 0):
             raise ValueError(f"classes: got {self.classes} with head={self.head!r}")
+        if self.labels and len(set(self.labels)) != self.classes:
+            raise ValueError(f"labels: needs {self.classes} different names, got {self.labels}")
         if self.encoder_layers and not self.causal:
             raise ValueError("encoder_layers: what follows an encoder is a causal decoder")
 
@@ -133,7 +152,7 @@ class Embedding(InputEmbedding, Part):
     """dropout(norm(scale · token row + position row + segment row)), in one operation."""
 
     def __init__(self, c: Config) -> None:
-        table = None if c.position == "rope" else c.position
+        table = c.position if c.position in ("learned", "sinusoidal") else None
         super().__init__(
             c.vocabulary, c.width, position=table,
             max_positions=c.max_positions if table == "learned" else None, num_segments=c.segments,
@@ -155,6 +174,36 @@ class Rope(RotaryEmbedding, Part):
 
     def _turn(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return self.ops.rope_pair(*tensors, **options)
+
+
+class RelativeBias(Part):
+    """What is added to the scores of a query and a key: a number for each head and bucket of the distance between them.
+
+    Near distances have a bucket each, farther ones share them by their logarithm, and from max_distance on all have the
+    last one. Keys after the query have half of the buckets for themselves, unless they are not seen at all.
+    Raffel et al., "Exploring the limits of transfer learning", arXiv:1910.10683, section 2.1.
+    """
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.max_distance = c.max_distance
+        self.weight = nn.Parameter(torch.empty(c.buckets, c.heads))
+
+    def forward(self, length: int, causal: bool, mask: Tensor | None) -> Tensor:
+        """[1 or B, H, length, length], -inf where the mask [B, 1, 1, length] is False."""
+        at = torch.arange(length, device=self.weight.device)
+        bucket = self._bucket(at - at[:, None], causal)
+        bias = nn.functional.embedding(bucket, self.weight).permute(2, 0, 1)[None]
+        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+    def _bucket(self, ahead: Tensor, causal: bool) -> Tensor:
+        buckets = len(self.weight) // (1 if causal else 2)
+        distance = (-ahead).clamp_min(0) if causal else ahead.abs()
+        near = buckets // 2
+        ratio = math.log(self.max_distance / near)
+        far = (distance.clamp_min(near) / near).log() / ratio * (buckets - near)
+        bucket = distance.where(distance < near, (near + far.long()).clamp_max(buckets - 1))
+        return bucket if causal else bucket + buckets * (ahead > 0)
 
 
 class Norm(Part):
@@ -194,7 +243,8 @@ class Attention(Part):
     def __init__(self, c: Config, cross: bool = False) -> None:
         super().__init__()
         kv = 2 * (c.kv_heads or c.heads) * c.d
-        self.d, self.dropout, self.window = c.d, c.attention_dropout, c.window
+        self.d, self.scale = c.d, c.attention_scale
+        self.dropout, self.window = c.attention_dropout, c.window
         self.sizes = [c.heads * c.d, kv // 2, kv // 2]
         if cross:
             self.query = Linear(c.width, c.heads * c.d, c.attention_bias)
@@ -207,7 +257,7 @@ class Attention(Part):
         self, x: Tensor, *, mask: Tensor | None, causal: bool, rope: Rope | None = None,
         positions: Tensor | None = None, memory: Tensor | None = None, bounds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [B, T, W], memory [B, S, W]; mask broadcastable to [B, H, T, S], True where a token may look.
+        """x [B, T, W], memory [B, S, W]; mask broadcastable to [B, H, T, S], True where a token may look, or a bias.
 
         bounds: of packed sequences, x being [1, N, W] (`varlen_attention`); memory and mask are None then.
         """
@@ -218,7 +268,8 @@ class Attention(Part):
             k, v = map(self._heads, self.key_value(memory).split(self.sizes[1:], -1))
         if rope is not None:
             q, k = rope(q, k, positions)
-        options = {"window": self.window, "dropout_p": self.dropout if self.training else 0.0}
+        p = self.dropout if self.training else 0.0
+        options = {"window": self.window, "scale": self.scale, "dropout_p": p}
         if bounds is None:
             o = self.ops.attention(q, k, v, mask=mask, causal=causal, **options).transpose(1, 2)
         else:
@@ -296,6 +347,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embedding = Embedding(c)
         self.rope = Rope(c) if c.position == "rope" else None
+        self.relative = RelativeBias(c) if c.position == "relative" else None
         self.blocks = nn.ModuleList(Block(c, cross) for _ in range(layers))
         self.norm = Norm(c) if c.norm_first else None
         self.recompute = False
@@ -311,8 +363,11 @@ class Stack(nn.Module):
             positions = packing.pack(positions.expand_as(ids))
             segments = None if segments is None else packing.pack(segments)
             ids, mask = packing.pack(ids), None
+        seen = _keys(mask)
+        if self.relative is not None:
+            seen = self.relative(ids.shape[1], causal, seen)
         look = {
-            "mask": _keys(mask), "causal": causal, "rope": self.rope, "positions": positions,
+            "mask": seen, "causal": causal, "rope": self.rope, "positions": positions,
             "bounds": None if packing is None else packing.bounds,
         }  # fmt: skip
         look_back = None
@@ -323,8 +378,8 @@ class Stack(nn.Module):
         return x if packing is None else packing.unpack(x)
 
     def _packing(self, mask: Tensor | None) -> Packing | None:
-        """Not on a GPU, where the host would wait, nor in a graph of fixed shapes; and torch has no such attention."""
-        if mask is None or not mask.is_cpu or torch.compiler.is_compiling():
+        """Not with torch, which has no such attention, and ours of packed sequences takes no bias."""
+        if mask is None or self.relative is not None or not _may_look(mask):
             return None
         return None if self.embedding.on_torch or mask.all() else Packing(mask)
 
@@ -357,6 +412,11 @@ class Packing:
         """[1, N, W] -> [B, T, W], 0 where there is padding."""
         everything = x.new_zeros(self.shape.numel(), x.shape[-1])
         return everything.index_copy(0, self.index, x[0]).unflatten(0, self.shape)
+
+
+def _may_look(t: Tensor) -> bool:
+    """Whether sizes may follow from what t holds: not on a GPU, where the host would wait, nor in a compiled graph."""
+    return t.is_cpu and not torch.compiler.is_compiling()
 
 
 def _keys(mask: Tensor | None) -> Tensor | None:
@@ -398,13 +458,18 @@ class Transformer(Part):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """GPT-2's: N(0, 0.02²), divided by √(2·layers) where a block adds to x; biases 0, norms 1."""
+        """GPT-2's: N(0, 0.02²), divided by √(2·layers) where a block adds to x; biases 0, norms 1.
+
+        The head's matrix is divided by head_scale, so that the logits begin as small with it as without.
+        """
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 adds = name.endswith(("out.weight", "down.weight")) and self.config.norm_first
                 p.normal_(0.0, 0.02 / (2 * self.config.layers) ** 0.5 if adds else 0.02)
             elif name.endswith("bias"):
                 p.zero_()
+        table = self.decoder.embedding.token.weight if self.matrix is None else self.matrix
+        table.div_(self.config.head_scale)
 
     def recompute(self, on: bool = True) -> None:
         for stack in (self.encoder, self.decoder):
@@ -425,8 +490,8 @@ class Transformer(Part):
         """x [B, T, W] before the head.
 
         ids [B, T]: 0 … V - 1. mask [B, T]: nonzero for real tokens; None: all are. What padding gives means nothing: on
-        a CPU it is 0, and not computed. positions [T] or [B, T]: by default 0 … T - 1; for padding on the left they
-        count from the first real token. segments [B, T]: 0 by default.
+        a CPU it is 0, and not computed (with relative positions it is). positions [T] or [B, T]: by default 0 … T - 1;
+        for padding on the left they count from the first real token. segments [B, T]: 0 by default.
         memory, memory_mask: `encode`'s result, and the mask given there.
         ValueError: memory without an encoder, or none with one; a sequence beyond max_positions.
         """
@@ -436,6 +501,8 @@ class Transformer(Part):
             raise ValueError(
                 f"ids: {ids.shape[1]} tokens, the model has {self.config.max_positions} positions"
             )
+        if self.config.position == "relative" and positions is not None:
+            raise ValueError("positions: got a tensor, but those of the model are relative")
         y: Tensor = self.decoder(
             ids, mask, self.config.causal, positions, segments, memory, memory_mask
         )
@@ -455,14 +522,17 @@ class Transformer(Part):
             if targets is not None:
                 raise ValueError("targets: the model has no head")
             return x
-        x, weight, bias = self._last_layer(x)
+        if self.config.head == "mlm" and targets is not None and _may_look(targets):
+            masked = targets != -100
+            x, targets = x[masked], targets[masked]
+        x, weight, bias = self.last_layer(x)
         if targets is None:
             return self.ops.linear(x, weight, bias)
         return self.ops.linear_cross_entropy(
             x, weight, targets, bias, label_smoothing=label_smoothing, z_loss=z_loss
         )
 
-    def _last_layer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def last_layer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the last linear layer of the head takes, and its parameters."""
         c = self.config
         if c.head == "classes":
@@ -471,6 +541,8 @@ class Transformer(Part):
             return pooled, self.classifier.weight, self.classifier.bias
         if c.head == "mlm":
             x, _ = self.transform_norm(FORMULA[c.activation](self.transform(x)))
+        if c.head_scale != 1.0:
+            x = x * c.head_scale
         table: Tensor = self.decoder.embedding.token.weight
         return x, table if self.matrix is None else self.matrix, self.bias
 

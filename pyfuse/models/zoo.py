@@ -34,7 +34,7 @@ from pyfuse.models import _steps
 from pyfuse.models._steps import FetchError, Report
 
 __all__ = ["MODELS", "FetchError", "Model", "Report", "cache_folder", "fetch", "find", "path"]
-__all__ += ["place", "problem"]
+__all__ += ["folder", "place", "problem"]
 
 MANIFEST = "pyfuse-model.json"
 
@@ -139,6 +139,12 @@ def path(name: str, cache: Path | None = None) -> Path:
         f"model {name} is {reason} (looked in {place(name, cache)}); "
         f"fetch it with: pyfuse models fetch {name}{where}"
     )
+
+
+def folder(source: str | Path) -> Path:
+    """A folder as it is; what is no folder, but a model's name, as that of the fetched model. Errors: see `path`."""
+    known = str(source) in MODELS and not Path(source).exists()
+    return path(str(source)) if known else Path(source)
 
 
 def fetch(
