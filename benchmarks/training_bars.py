@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +19,18 @@ from benchmarks.bar import Bar, times_bar, unmeasured
 from benchmarks.training_memory import MODEL, TOKENS, batch
 from benchmarks.turns import in_turns, ratio
 from pyfuse.cli import measure
+from pyfuse.folders import cache_folder
 from pyfuse.models import stock, zoo
 from pyfuse.models.checkpoint import from_pretrained
 from pyfuse.models.transformer import Config, Transformer
+from pyfuse.training import classifier, reviews
 
 STEP, DROPOUT_STEP, FINE_TUNING, MEMORY = 1.5, 2.5, 1.6, 0.5
 OPERATIONS = {"torch": stock, "pyfuse": pyfuse.ops}
 # Of a batch of texts: tokens of each, as sentences have them (mean 67 of 128).
 TEXTS, LONGEST = 32, 128
+# Of the classifier: steps of 32 texts, and how far below plain torch's F1 ours may be.
+STEPS, POINTS = 150, 0.01
 
 
 def training() -> Iterator[Bar]:
@@ -32,6 +39,7 @@ def training() -> Iterator[Bar]:
     yield _language_model(f"{size}: training step", 0.0, STEP)
     yield _language_model(f"{size}: training step, dropout 0.1", 0.1, DROPOUT_STEP)
     yield _fine_tuning()
+    yield _classifier()
     yield _memory()
 
 
@@ -60,6 +68,38 @@ def _fine_tuning() -> Bar:
         steps[label] = measure.stopwatch(_step(model, ids, mask, targets=targets))
     spread = ratio(in_turns(steps, budget=60, least=5), "torch", "pyfuse")
     return times_bar(f"{name} ({mask.double().mean():.0%} real)", spread, FINE_TUNING)
+
+
+def _classifier() -> Bar:
+    """`pyfuse train classifier` with and without --stock: the same weights and batches, other dropout. The noise is the
+    standard error of a share of so many texts."""
+    name = f"MiniLM, {STEPS} steps on film reviews: macro F1 of what is held out"
+    target = f">= torch's less {100 * POINTS:g} point"
+    try:
+        options = {
+            "data": [reviews.fetch(cache_folder() / "data" / "reviews.csv")],
+            "from_": zoo.path("minilm"),
+            "steps": STEPS,
+            "eval_every": 0,
+            "save_every": 0,
+        }
+    except (FileNotFoundError, zoo.FetchError) as error:
+        return unmeasured(name, str(error), target)
+    found: dict[str, classifier.Result] = {}
+    for label in OPERATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            given = {**options, "stock": label == "torch"}
+            result = classifier.run(Path(folder), given, speak=io.StringIO())
+        assert result is not None  # this is the only process
+        found[label] = result
+    ours, theirs = (found[label].metrics.macro("f1") for label in ("pyfuse", "torch"))
+    figure = (
+        f"{ours:.1%}, torch {theirs:.1%}  "
+        f"({found['torch'].seconds:.0f} -> {found['pyfuse'].seconds:.0f} s of steps)"
+    )
+    behind, texts = theirs - ours, int(found["torch"].metrics.support.sum())
+    noise = (theirs * (1 - theirs) / texts) ** 0.5
+    return Bar(name, figure, target, behind <= POINTS, abs(behind - POINTS) < noise)
 
 
 def _step(model: Transformer, *given: Tensor, **more: Any) -> Callable[[], object]:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import io
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from training_cases import as_arguments, contents, rows, run, small, write_text
+from training_cases import TORCHRUN, as_arguments, contents, rows, run, small, write_text
 
 from pyfuse import cli
+from pyfuse.cli.train import PROGRAMS
 from pyfuse.training import lm
-from pyfuse.training.lm_options import Options
 from pyfuse.training.options import flag
 from pyfuse.training.progress import Lines, progress
 
 
-def test_help_says_something_of_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_says_something_of_every_option(
+    program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["train", "lm", "--help"])
+        cli.main(["train", program, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for field in fields(Options):
+    for field in fields(importlib.import_module(PROGRAMS[program].options).Options):
         assert f"{flag(field.name)} " in shown and len(field.metadata["text"]) > 3
         assert " ".join(field.metadata["text"].split()[:4]) in shown, field.name
-    assert "--resume " in shown and "--out FOLDER" in shown and "(default: 0.05)" in shown
+        if type(field.default) in (int, float):
+            assert f"(default: {field.default:g})" in shown, field.name
+    assert "--resume " in shown and "--out FOLDER" in shown
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,8 +103,7 @@ def test_two_processes_are_as_one(tmp_path: Path) -> None:
     two = tmp_path / "two"
     done = run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pyfuse",
-            "train", "lm", "--out", str(two), *as_arguments(given),
+            *TORCHRUN, "2", "-m", "pyfuse", "train", "lm", "--out", str(two), *as_arguments(given),
         ]
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

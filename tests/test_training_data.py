@@ -95,10 +95,10 @@ def test_errors_of_tokenizers(tmp_path: Path) -> None:
 def test_each_epoch_is_a_permutation_of_its_own() -> None:
     windows = Windows(torch.arange(10 * 7 + 1 + 3), 7, seed=5, count=4)
     assert len(windows) == 10
-    first, second = windows.order(0), windows.order(1)
+    first, second = windows.order.epoch(0), windows.order.epoch(1)
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(10))
     assert not torch.equal(first, second)
-    assert not torch.equal(first, Windows(windows.tokens, 7, seed=6, count=4).order(0))
+    assert not torch.equal(first, Windows(windows.tokens, 7, seed=6, count=4).order.epoch(0))
     seen = torch.cat([windows.rows(step)["targets"] for step in range(5)])  # two epochs
     assert seen.flatten().bincount(minlength=74)[1:71].tolist() == [2] * 70
     for step in range(5):

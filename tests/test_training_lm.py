@@ -19,7 +19,7 @@ from pyfuse.models.checkpoint import from_pretrained
 from pyfuse.models.export import hf_config, hf_tensors
 from pyfuse.models.transformer import Config, Transformer
 from pyfuse.training import lm
-from pyfuse.training.curves import COLUMNS, read_log
+from pyfuse.training.curves import columns, read_log
 from pyfuse.training.errors import TrainingError
 from pyfuse.training.loop import Plan, adamw
 from pyfuse.training.products import Products
@@ -72,7 +72,7 @@ def test_what_a_run_leaves(text: Path, tmp_path: Path) -> None:
         "curves.png", "log.csv", "run.json",
     ]  # fmt: skip
     table = read_log(tmp_path / "run" / "log.csv")
-    assert tuple(table[0]) == COLUMNS
+    assert tuple(table[0]) == columns(lm.LanguageModel.figures)
     found = [(int(row["step"]), row["kind"]) for row in table]
     steps = [(i, "train") for i in range(1, 7)]
     assert found == [(0, "eval"), *steps[:3], (3, "eval"), *steps[3:], (6, "eval")]

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_cases import command, contents, environment, rows, small, write_text
+from training_cases import command, contents, environment, rows, small, small_mlm, write_text
 
-from pyfuse.training import lm, state
+from pyfuse.training import lm, mlm, state
 from pyfuse.training.errors import TrainingError
 
 DROPOUT = {"dropout": 0.1, "attention_dropout": 0.2, "hidden_dropout": 0.3}
+PROGRAMS = {"lm": (lm.run, small), "mlm": (mlm.run, small_mlm)}
+every_program = pytest.mark.parametrize("program", PROGRAMS)
 
 
 @pytest.fixture
@@ -33,8 +35,11 @@ def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pyfuse.training.curves.draw", lambda *_: None)
 
 
-def train(folder: Path, given: dict[str, Any], resume: bool = False) -> lm.Result:
-    result = lm.run(folder, given, resume=resume, speak=io.StringIO())
+def train(
+    folder: Path, given: dict[str, Any], resume: bool = False, program: str = "lm"
+) -> lm.Result:
+    run, _ = PROGRAMS[program]
+    result = run(folder, given, resume=resume, speak=io.StringIO())
     assert result is not None
     return result
 
@@ -45,12 +50,14 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in last.glob("*.safetensors")}
 
 
-def test_after_kill_9_the_run_is_bitwise_the_same(text: Path, tmp_path: Path) -> None:
-    given = small(text, steps=160, save_every=40, eval_every=30, **DROPOUT)
-    train(tmp_path / "whole", given)
+@every_program
+def test_after_kill_9_the_run_is_bitwise_the_same(program: str, text: Path, tmp_path: Path) -> None:
+    _, options = PROGRAMS[program]
+    given = options(text, steps=160, save_every=40, eval_every=30, **DROPOUT)
+    train(tmp_path / "whole", given, program=program)
     killed = tmp_path / "killed"
     with subprocess.Popen(
-        command(killed, given), env=environment(), stderr=subprocess.PIPE
+        command(killed, given, program=program), env=environment(), stderr=subprocess.PIPE
     ) as process:
         _wait_for_step(killed / "log.csv", 55, process)
         process.kill()
@@ -60,7 +67,7 @@ def test_after_kill_9_the_run_is_bitwise_the_same(text: Path, tmp_path: Path) ->
     with (killed / "log.csv").open("a") as file:
         file.write("57,train,55")  # a row that was cut off
     (killed / ".checkpoint-00000080.partial").mkdir(exist_ok=True)
-    train(killed, {}, resume=True)
+    train(killed, {}, resume=True, program=program)
     assert rows(killed) == rows(tmp_path / "whole")
     assert weights(killed) == weights(tmp_path / "whole")
     assert [p.name for p in state.checkpoints(killed)] == ["checkpoint-00000160"]
@@ -161,10 +168,19 @@ def test_another_text_is_refused(text: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    "program, file",
+    [
+        ("lm", "model.safetensors"), ("lm", "optimizer.safetensors"), ("lm", "config.json"),
+        ("mlm", "tokenizer_config.json"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("how", ["truncated", "changed", "missing"])
-def test_a_damaged_checkpoint_is_refused(text: Path, tmp_path: Path, file: str, how: str) -> None:
-    folder = train(tmp_path / "run", small(text, steps=2)).checkpoint
+def test_a_damaged_checkpoint_is_refused(
+    text: Path, tmp_path: Path, program: str, file: str, how: str
+) -> None:
+    _, options = PROGRAMS[program]
+    folder = train(tmp_path / "run", options(text, steps=2), program=program).checkpoint
     data = (folder / file).read_bytes()
     if how == "missing":
         (folder / file).unlink()
@@ -177,7 +193,7 @@ def test_a_damaged_checkpoint_is_refused(text: Path, tmp_path: Path, file: str, 
         "missing": "missing",
     }
     with pytest.raises(TrainingError, match=f"{file}: {found[how]}; the checkpoint is damaged"):
-        train(tmp_path / "run", {"steps": 8}, resume=True)
+        train(tmp_path / "run", {"steps": 8}, resume=True, program=program)
     assert contents(tmp_path / "run") == before
 
 
@@ -195,6 +211,8 @@ def test_what_belongs_to_others_is_refused(text: Path, tmp_path: Path) -> None:
         (one.with_name("checkpoint-00000003") / "state.json").write_text(text_of_state)
         with pytest.raises(TrainingError, match=message):
             train(tmp_path / "one", {}, resume=True)
+    with pytest.raises(TrainingError, match=r"one: a run of `pyfuse train lm`"):
+        train(tmp_path / "one", {}, resume=True, program="mlm")
     run = tmp_path / "one" / "run.json"
     stored = json.loads(run.read_text())
     for changed, message in (
@@ -233,17 +251,20 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     )
 
 
-def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(text: Path, tmp_path: Path) -> None:
+@every_program
+def test_a_file_that_may_not_grow_leaves_the_last_checkpoint(
+    program: str, text: Path, tmp_path: Path
+) -> None:
     """Not by a patch: the system itself refuses to write."""
-    given = small(text, steps=2)
-    train(tmp_path / "run", given)
+    _, options = PROGRAMS[program]
+    train(tmp_path / "run", options(text, steps=2), program=program)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     kept = weights(tmp_path / "run")
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(TrainingError, match=r"run: cannot write \(File too large\)"):
-            train(tmp_path / "run", {"steps": 4}, resume=True)
+            train(tmp_path / "run", {"steps": 4}, resume=True, program=program)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert weights(tmp_path / "run") == kept and not list((tmp_path / "run").glob(".*.partial"))
-    assert train(tmp_path / "run", {"steps": 4}, resume=True).steps == 4
+    assert train(tmp_path / "run", {"steps": 4}, resume=True, program=program).steps == 4

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SMALL: dict[str, Any] = {
     "tokenizer": "bytes", "layers": 1, "width": 16, "heads": 2, "context": 16, "batch": 4, "steps": 6, "warmup": 2,
     "save_every": 2, "eval_every": 3, "eval_windows": 5, "device": "cpu", "threads": 1, "lr": 0.01,
 }  # fmt: skip
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 # What depends on the clock.
 CLOCK = ("tokens_per_second", "seconds")
 
@@ -30,6 +32,12 @@ def small(text: Path, **more: Any) -> dict[str, Any]:
     return SMALL | {"text": [text]} | more
 
 
+def small_mlm(text: Path, **more: Any) -> dict[str, Any]:
+    """The same for `pyfuse train mlm`."""
+    own = {n: v for n, v in SMALL.items() if n != "tokenizer"}
+    return own | {"text": [text], "vocabulary": 280} | more
+
+
 def as_arguments(options: dict[str, Any]) -> list[str]:
     """On the command line."""
     arguments: list[str] = []
@@ -39,10 +47,29 @@ def as_arguments(options: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def command(folder: Path, options: dict[str, Any], *more: str) -> list[str]:
+def command(folder: Path, options: dict[str, Any], *more: str, program: str = "lm") -> list[str]:
     return [
-        sys.executable, "-m", "pyfuse", "train", "lm", "--out", str(folder), *more, *as_arguments(options),
+        sys.executable, "-m", "pyfuse", "train", program, "--out", str(folder), *more, *as_arguments(options),
     ]  # fmt: skip
+
+
+class Job(NamedTuple):
+    """A run in a folder. ends: after so many steps, as if somebody had ended it."""
+
+    program: str
+    folder: Path
+    options: dict[str, Any]
+    resume: bool = False
+    ends: int = -1
+
+
+def in_processes(count: int, jobs: list[Job]) -> None:
+    """Runs one after another, each in all processes that one torchrun starts. FOLDER-RANK.json: how many numbers each
+    of them holds."""
+    text = json.dumps(jobs, default=str)
+    script = Path(__file__).with_name("training_jobs.py")
+    done = run([*TORCHRUN, str(count), str(script), text])
+    assert done.returncode == 0, done.stderr
 
 
 def environment() -> dict[str, str]:

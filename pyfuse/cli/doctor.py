@@ -32,6 +32,7 @@ OPTIONAL_PACKAGES = {
     "gguf": "pyfuse models fetch smollm2",
     "accelerate": "pyfuse models fetch smollm2",
     "pip": "pyfuse models fetch",
+    "pandas": "pyfuse train classifier",
     "rich": "tables and progress bars instead of plain text",
     "triton": "Triton kernels for GPUs",
 }

@@ -18,14 +18,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pyfuse.training.errors import TrainingError
+from pyfuse.training.parallel import Loss, parallel
 from pyfuse.training.schedule import learning_rate
 from pyfuse.training.world import World
 
 Batch = dict[str, Tensor]
-Loss = Callable[[Any, Batch], Tensor]
 Figures = dict[str, float]
 
 IGNORED = -100  # a target that says nothing
@@ -37,7 +36,8 @@ class Data(Protocol):
 
     def rows(self, step: int) -> Batch:
         """All sequences of one step, whenever it is asked for the same ones: tensors with as many rows, among them
-        "ids" [rows, T] and "targets", whose -100 do not count."""
+        "ids" [rows, T] and "targets", whose -100 do not count; "mask" [rows, T], nonzero for tokens, where some of ids
+        are padding."""
 
 
 class Listener(Protocol):
@@ -53,7 +53,8 @@ class Listener(Protocol):
 @dataclass(frozen=True)
 class Plan:
     """steps: in all. accumulate: parts of a step's rows whose gradients are added up. peak, warmup: see schedule.
-    clip: largest norm of the gradient, 0 for any. save_every, eval_every: steps between, 0 for at the end only."""
+    clip: largest norm of the gradient, 0 for any. save_every, eval_every: steps between, 0 for at the end only.
+    parallel: how several processes hold the model, see there."""
 
     steps: int
     accumulate: int = 1
@@ -65,24 +66,15 @@ class Plan:
     seed: int = 0
     save_every: int = 0
     eval_every: int = 0
-
-
-class Objective(nn.Module):
-    """loss(model, batch) as a module: whatever the loss calls of the model is within DistributedDataParallel."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.loss(self.model, batch)
+    parallel: str = "ddp"
 
 
 class Trainer:
     """A run: `run()` goes from `step` to the last one.
 
-    model: with parameters on world.device. loss: the mean over the targets of a batch. evaluate: figures of the model,
-    "loss" among them. save: keeps what it takes to go on. All processes call both. listeners: see there.
+    model: moved to world.device. loss: the mean over the targets of a batch. evaluate: figures of the model, "loss"
+    among them. save: keeps what it takes to go on. All processes call both; the model is whole then, in between it may
+    be shared out. listeners: see there.
     """
 
     def __init__(
@@ -93,16 +85,13 @@ class Trainer:
             model, data, evaluate, plan, world,
         )  # fmt: skip
         self.save, self.listeners = save, listeners
-        self.objective = Objective(model, loss)
-        self.wrapped: nn.Module = (
-            DistributedDataParallel(self.objective) if world.size > 1 else self.objective
-        )
-        self.optimizer = adamw(model, plan)
+        self.parallel = parallel(plan.parallel, model, loss, world)
+        self.optimizer = adamw(self.parallel.learner, plan)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
 
     def run(self) -> Figures:
         """All steps that are left; the figures of the last evaluation."""
-        self.model.train()
+        self.parallel.learner.train()
         figures = self._evaluate() if self.step == 0 else {}
         while self.step < self.plan.steps:
             self._one_step()
@@ -110,19 +99,20 @@ class Trainer:
             if last or _due(self.step, self.plan.eval_every):
                 figures = self._evaluate()
             if last or _due(self.step, self.plan.save_every):
-                self.save(self)
+                with self.parallel.whole():
+                    self.save(self)
         return figures or self._evaluate(tell=False)  # a run that had ended already
 
     def _one_step(self) -> None:
         began = time.perf_counter()
         plan, step = self.plan, self.step
-        torch.manual_seed(_mixed(plan.seed, step, self.world.rank))
+        torch.manual_seed(mixed(plan.seed, step, self.world.rank))
         rate = learning_rate(step, steps=plan.steps, warmup=plan.warmup, peak=plan.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batch = self.data.rows(step)
         loss = self._gradients(batch)
-        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), plan.clip or math.inf))
+        norm = self._clipped()
         if not math.isfinite(loss + norm):
             raise TrainingError(
                 f"step {step + 1}: the loss is {loss:g} and the norm of its gradient {norm:g}; "
@@ -130,7 +120,7 @@ class Trainer:
             )
         self.optimizer.step()
         taken = time.perf_counter() - began
-        tokens = batch["ids"].numel()
+        tokens = int(batch["mask"].sum()) if "mask" in batch else batch["ids"].numel()
         self.step, self.tokens, self.seconds = step + 1, self.tokens + tokens, self.seconds + taken
         figures = {
             "loss": loss,
@@ -147,16 +137,24 @@ class Trainer:
         count = (batch["targets"] != IGNORED).sum().item()
         parts, total = list(self._parts(batch)), 0.0
         for i, part in enumerate(parts):
-            # Parts and processes may differ in targets. DistributedDataParallel takes the mean over processes.
+            # Parts and processes may differ in targets. The exchange takes the mean over processes.
             share = (part["targets"] != IGNORED).sum().item() / max(count, 1)
-            wait = i + 1 < len(parts) and isinstance(self.wrapped, DistributedDataParallel)
+            wait = i + 1 < len(parts)
             part = {name: t.to(self.world.device) for name, t in part.items()}
-            with self.wrapped.no_sync() if wait else nullcontext():  # type: ignore[operator]
+            with self.parallel.without_exchange() if wait else nullcontext():
                 with autocast(self.world.device, self.plan.dtype):
-                    loss = self.wrapped(part)
+                    loss = self.parallel.objective(part)
                 (loss * (share * self.world.size)).backward()
             total += loss.item() * share
         return self.world.sums(total)[0]
+
+    def _clipped(self) -> float:
+        """The norm of all gradients before they are scaled down to the largest one."""
+        parameters = [p for p in self.parallel.learner.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self.parallel.gathered(norm)  # of the parts of all processes
+        nn.utils.clip_grads_with_norm_(parameters, self.plan.clip or math.inf, norm)
+        return float(norm)
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         """The rows of this process, in `accumulate` parts."""
@@ -168,10 +166,10 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, tell: bool = True) -> Figures:
-        self.model.eval()
-        with autocast(self.world.device, self.plan.dtype):
+        with self.parallel.whole(), autocast(self.world.device, self.plan.dtype):
+            self.model.eval()
             figures = self.evaluate()
-        self.model.train()
+            self.model.train()
         for listener in self.listeners if tell else ():
             listener.evaluated(self.step, self._counted(figures))
         return figures
@@ -185,24 +183,23 @@ class Trainer:
         return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state, by the parameters' names."""
-        return {
-            f"{name}.{part}": t
-            for name, p in self.model.named_parameters()
-            for part, t in self.optimizer.state[p].items()
-        }
+        """The optimizer's state, by the parameters' names; {} in all processes but the first. All ask together."""
+        found = {}
+        for name, p in self.parallel.learner.named_parameters():
+            for part, t in self.optimizer.state[p].items():
+                whole = self.parallel.gathered(t)
+                if self.world.first:
+                    found[f"{name}.{part}"] = whole.cpu()
+        return found
 
     def restore(self, counters: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from there. KeyError: a parameter without its state."""
         self.step, self.tokens = int(counters["step"]), int(counters["tokens"])
         self.seconds = float(counters["seconds"])
-        for name, p in self.model.named_parameters():
+        for name, p in self.parallel.learner.named_parameters():
             self.optimizer.state[p] = {
-                "step": tensors[f"{name}.step"].clone(),
-                **{
-                    part: tensors[f"{name}.{part}"].to(p.device, copy=True)
-                    for part in ("exp_avg", "exp_avg_sq")
-                },
+                part: self.parallel.share(tensors[f"{name}.{part}"], p)
+                for part in ("step", "exp_avg", "exp_avg_sq")
             }
 
 
@@ -225,7 +222,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     """A seed of 63 bits; neighbours have nothing in common."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 
 from pyfuse.training.errors import TrainingError
 
+PARALLEL = ("ddp", "fsdp")  # see parallel.py
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Some = TypeVar("Some", bound="RunOptions")
 
@@ -74,6 +75,13 @@ class RunOptions:
     device: str | None = option(
         None, "what computes (default: cuda where torch finds a GPU)", choices=("cpu", "cuda"), free=True
     )  # fmt: skip
+    parallel: str = option(
+        "ddp",
+        "what several processes hold: each all of the model (ddp), or each a part of it, of its gradients and of the "
+        "optimizer's state (fsdp)",
+        choices=PARALLEL,
+        free=True,
+    )
     save_every: int = option(
         100, "steps between two checkpoints; 0 for one at the end", metavar="N", least=0, free=True
     )
@@ -95,6 +103,9 @@ class RunOptions:
             if not least <= value < (math.inf if below is None else below):
                 needs = f"at least {least:g}" + ("" if below is None else f" and below {below:g}")
                 raise ValueError(f"{flag(f.name)}: got {value:g}, needs {needs}")
+
+    def check_together(self, given: Iterable[str]) -> None:
+        """ValueError: an option that another one makes useless. given: the names of those that somebody chose."""
 
     def stored(self) -> dict[str, Any]:
         """For JSON."""

@@ -33,13 +33,8 @@ def read_text(paths: Sequence[Path] | None) -> Text:
     files = standard_library() if paths is None else [f for p in paths for f in _files(Path(p))]
     digest, documents = hashlib.sha256(), []
     for file in files:
-        data = file.read_bytes()
-        try:
-            document = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"text: {file} is not UTF-8 (byte {error.start}); convert it, or leave it out"
-            ) from error
+        document = utf8(file, "text")
+        data = document.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
         if document:
             documents.append(document)
@@ -47,6 +42,16 @@ def read_text(paths: Sequence[Path] | None) -> Text:
         names = "the standard library" if paths is None else ", ".join(map(str, paths))
         raise ValueError(f"text: there is none in {names}")
     return Text(documents, digest.hexdigest())
+
+
+def utf8(file: Path, what: str) -> str:
+    """The text of a file. ValueError: it is not UTF-8. what: begins the message."""
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what}: {file} is not UTF-8 (byte {error.start}); convert it, or leave it out"
+        ) from error
 
 
 def standard_library() -> list[Path]:

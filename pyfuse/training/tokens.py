@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 END = "<|endoftext|>"  # between documents
 BYTES = 257  # tokens that any text can be written in: all bytes, and END
-ENDS = (END, "</s>", "<|end_of_text|>", "<eos>")  # what pre-trained models call it
+SEP = "[SEP]"
+MARKS = ("[PAD]", "[UNK]", "[CLS]", SEP, "[MASK]")  # BERT's
+ENDS = (END, "</s>", "<|end_of_text|>", "<eos>", SEP)  # what pre-trained models call END
 
 
 class Tokenizer:
@@ -44,8 +46,9 @@ class Tokenizer:
         """All documents in one: int32, each followed by `end`."""
         parts = []
         for encoded in self.library.encode_batch_fast(list(documents), add_special_tokens=False):
-            ids = encoded.ids if self.end is None else [*encoded.ids, self.end]
-            parts.append(torch.tensor(ids, dtype=torch.int32))
+            if encoded.ids:  # not of spaces only, for a tokenizer that drops them
+                ids = encoded.ids if self.end is None else [*encoded.ids, self.end]
+                parts.append(torch.tensor(ids, dtype=torch.int32))
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
 
 
@@ -71,20 +74,23 @@ def single_bytes() -> Tokenizer:
     return Tokenizer(_byte_level({letter: i for i, letter in enumerate(letters)}))
 
 
-def train_bpe(documents: Sequence[str], size: int) -> Tokenizer:
-    """A byte-level BPE of so many tokens, the merges that shorten these documents most.
+def train_bpe(documents: Sequence[str], size: int, special: Sequence[str] = (END,)) -> Tokenizer:
+    """A byte-level BPE of so many tokens, the merges that shorten these documents most. special: its first tokens.
 
     ValueError: the documents are too short for so many.
     """
-    if size < BYTES:
-        raise ValueError(f"vocabulary: got {size}, needs at least {BYTES}: all bytes and {END}")
+    least = 256 + len(special)
+    if size < least:
+        raise ValueError(
+            f"vocabulary: got {size}, needs at least {least}: all bytes and {' '.join(special)}"
+        )
     from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
     library = _byte_level({})
     trainer = BpeTrainer(
         vocab_size=size,
-        special_tokens=[END],
+        special_tokens=list(special),
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -96,6 +102,18 @@ def train_bpe(documents: Sequence[str], size: int) -> Tokenizer:
             f"give a longer text, or --vocabulary {got}"
         )
     return Tokenizer(library)
+
+
+def with_marks(tokenizer: Tokenizer) -> Tokenizer:
+    """As in BERT [CLS] comes before a text and [SEP] after it, for whoever reads its tokenizer.json; not in streams."""
+    from tokenizers.processors import TemplateProcessing
+
+    library = tokenizer.library
+    ids = [(name, library.token_to_id(name)) for name in ("[CLS]", SEP)]
+    library.post_processor = TemplateProcessing(
+        single=f"[CLS] $A {SEP}", pair=f"[CLS] $A {SEP} $B:1 {SEP}:1", special_tokens=ids
+    )
+    return tokenizer
 
 
 def _byte_level(vocabulary: dict[str, int]) -> Library:

@@ -1,46 +1,36 @@
-"""A stream of tokens as sequences to learn from, in an order that depends on nothing but the seed and the step."""
+"""A stream of tokens as sequences to learn from."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from torch import Tensor, stack
 
 from pyfuse.training.loop import Batch
+from pyfuse.training.order import Order
 
 
 class Windows:
     """Window i holds tokens i·context … (i + 1)·context: each token but the first is a target exactly once.
 
-    Each epoch goes through all windows, in its own permutation; step n takes those from n·count on. Nothing has to be
-    remembered in order to go on at step n.
+    In which order they come: see `Order`.
     """
 
     def __init__(
         self, tokens: Tensor, context: int, *, seed: int, count: int, what: str = "to learn from"
     ) -> None:
         """count: sequences of a step. what: the tokens, in an error."""
-        self.tokens, self.context, self.seed, self.count = tokens, context, seed, count
-        self._order: tuple[int, Tensor] | None = None
+        self.tokens, self.context = tokens, context
         if not len(self):
             raise ValueError(
                 f"text: {len(tokens)} tokens {what}, but one window of context {context} needs {context + 1}"
             )
+        self.order = Order(len(self), seed=seed, count=count)
 
     def __len__(self) -> int:
         return max(0, (len(self.tokens) - 1) // self.context)
 
-    def order(self, epoch: int) -> Tensor:
-        """The permutation of an epoch."""
-        if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._order = epoch, torch.randperm(len(self), generator=generator)
-        return self._order[1]
-
     def rows(self, step: int) -> Batch:
         """ids and targets [count, context] of a step."""
-        first = step * self.count
-        places = [divmod(i, len(self)) for i in range(first, first + self.count)]
-        return batch([self.window(int(self.order(epoch)[i])) for epoch, i in places])
+        return batch([self.window(i) for i in self.order.step(step)])
 
     def window(self, i: int) -> Tensor:
         """Tokens [context + 1]"""
@@ -49,7 +39,7 @@ class Windows:
 
 def batch(windows: list[Tensor]) -> Batch:
     """Each position's target is the next token."""
-    tokens = torch.stack(windows).long()
+    tokens = stack(windows).long()
     return {"ids": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
