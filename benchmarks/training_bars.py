@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pyfuse.folders import cache_folder
 from pyfuse.models import stock, zoo
 from pyfuse.models.checkpoint import from_pretrained
 from pyfuse.models.transformer import Config, Transformer
-from pyfuse.training import classifier, reviews
+from pyfuse.training import classifier, lm, reviews
 
 STEP, DROPOUT_STEP, FINE_TUNING, MEMORY = 1.5, 2.5, 1.6, 0.5
 OPERATIONS = {"torch": stock, "pyfuse": pyfuse.ops}
@@ -31,6 +32,8 @@ OPERATIONS = {"torch": stock, "pyfuse": pyfuse.ops}
 TEXTS, LONGEST = 32, 128
 # Of the classifier: steps of 32 texts, and how far below plain torch's F1 ours may be.
 STEPS, POINTS = 150, 0.01
+# Of the language model: steps, and what share of the uniform perplexity it falls below in how many minutes.
+LM_STEPS, SHARE, MINUTES = 100, 0.1, 10
 
 
 def training() -> Iterator[Bar]:
@@ -40,6 +43,7 @@ def training() -> Iterator[Bar]:
     yield _language_model(f"{size}: training step, dropout 0.1", 0.1, DROPOUT_STEP)
     yield _fine_tuning()
     yield _classifier()
+    yield _perplexity()
     yield _memory()
 
 
@@ -100,6 +104,22 @@ def _classifier() -> Bar:
     behind, texts = theirs - ours, int(found["torch"].metrics.support.sum())
     noise = (theirs * (1 - theirs) / texts) ** 0.5
     return Bar(name, figure, target, behind <= POINTS, abs(behind - POINTS) < noise)
+
+
+def _perplexity() -> Bar:
+    """`pyfuse train lm` as it is, but for its length; the time is of everything, reading and tokenizing too."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"steps": LM_STEPS, "eval_every": 0, "save_every": 0}
+        result = lm.run(Path(folder), given, speak=io.StringIO())
+    minutes = (time.perf_counter() - began) / 60
+    assert result is not None  # this is the only process
+    found = result.perplexity / result.uniform
+    return Bar(
+        f"train lm, {LM_STEPS} steps: perplexity on held-out text",
+        f"{result.perplexity:.0f}, 1/{1 / found:.0f} of uniform, in {minutes:.1f} minutes",
+        f"< 1/{1 / SHARE:.0f} in {MINUTES}", found < SHARE and minutes <= MINUTES,
+    )  # fmt: skip
 
 
 def _step(model: Transformer, *given: Tensor, **more: Any) -> Callable[[], object]:
