@@ -152,8 +152,9 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(
         assert whole[name] == ended_one[name]
 
 
-def test_two_processes_are_as_one(given: dict[str, Any], tmp_path: Path) -> None:
-    given = given | NO_DROPOUT | {"accumulate": 2}
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_as_one(given: dict[str, Any], parallel: str, tmp_path: Path) -> None:
+    given = given | NO_DROPOUT | {"accumulate": 2, "parallel": parallel}
     train(tmp_path / "one", given)
     done = run(
         [
