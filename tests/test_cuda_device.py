@@ -12,6 +12,7 @@ from emulated import standing_in
 import pyfuse
 from pyfuse import dispatch
 from pyfuse.backends import cuda_device, gpu_order
+from pyfuse.backends.cuda_attention import aligned
 
 pytestmark = pytest.mark.skipif(cuda_device._cuda is None, reason=cuda_device.NOT_BUILT)
 
@@ -68,7 +69,7 @@ CHOICES: list[tuple[int, torch.dtype, dict[str, Any], str]] = [
     (80, torch.bfloat16, {"dropout_p": 0.5}, "triton"),
     (90, torch.bfloat16, {"causal": True}, "cuda"),
     (90, torch.float16, {"softcap": 30.0}, "triton"),
-    (90, torch.float32, {}, "cuda"),
+    (90, torch.float32, {}, "triton"),
     (100, torch.bfloat16, {}, "triton"),
     (100, torch.float32, {}, "cuda"),
     (120, torch.float16, {}, "cuda"),
@@ -104,3 +105,26 @@ def test_the_order_looks_at_the_larger_head_size() -> None:
     assert rule is not None and "wgmma" in rule
     assert gpu_order.triton_first("attention", 90, q, q, False, {}) is None
     assert gpu_order.triton_first("decode_attention", 100, q, v, False, {}) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:2, :3, :5, :64],
+        lambda x: x[:2, :3, :5, :60],  # rows too short
+        lambda x: x[:2, :3, :5, 1:65],  # begins between
+        lambda x: x[:2, :3, :5, 8:72],
+        lambda x: x.flatten()[: 2 * 3 * 5 * 66].view(2, 3, 5, 66)[..., :64],  # rows apart
+        lambda x: x.flatten()[: 3 * 331].view(1, 3, 331)[..., :320].view(1, 3, 5, 64),  # heads
+        lambda x: x.flatten()[:331].view(1, 1, 331)[..., :320].view(1, 1, 5, 64),  # of which one
+        lambda x: x[0, :3, :5, :64].transpose(0, 1),  # packed
+        lambda x: x[0, :3, :5, :62].transpose(0, 1),
+    ],
+)
+def test_rows_that_16_bytes_at_a_time_can_copy(view: Any, dtype: torch.dtype) -> None:
+    x = view(torch.zeros(2, 4, 8, 80, dtype=dtype))
+    steps = [x.stride(d) for d in range(x.ndim - 1) if x.shape[d] > 1] + [x.shape[-1]]
+    wanted = all(n * x.element_size() % 16 == 0 for n in steps) and x.data_ptr() % 16 == 0
+    whole = torch.zeros(1, 1, 8, 64, dtype=dtype)
+    assert aligned(x) == aligned(whole, x) == aligned(x, whole) == int(wanted)

@@ -78,12 +78,16 @@ def aligned(*tensors: Tensor) -> int:
     """Whether rows start at multiples of 16 bytes and are so long, as copies of 16 bytes need: all rows of a tile,
     those beyond the tensor too, of which nothing is read. Strides of a single batch or head do not matter."""
 
-    def is_aligned(t: Tensor) -> bool:
+    bits = 0  # of all addresses and distances together: this is asked before every launch
+    for t in tensors:
         batch, head, row = strides(t)
-        apart = (batch if t.shape[0] > 1 else 0, head if t.shape[1] > 1 else 0, row, t.shape[-1])
-        return t.data_ptr() % 16 == 0 and all(x * t.element_size() % 16 == 0 for x in apart)
-
-    return int(all(map(is_aligned, tensors)))
+        apart = row | t.shape[-1]
+        if t.shape[0] > 1:
+            apart |= batch
+        if t.shape[1] > 1:
+            apart |= head
+        bits |= t.data_ptr() | apart * t.element_size()
+    return int(bits % 16 == 0)
 
 
 def lse_strides(t: Tensor | None) -> tuple[int, ...]:
