@@ -106,7 +106,7 @@ ARITHMETIC = [
            "fmaf(part[i], scale_log2, -pivot)", "fmaf(part[i] * scale_log2, scale_log2, -pivot)", "numerics"),
     mutant("lse in base 2", "flash", _SOFTMAX, "logf(sum)", "log2f(sum)", "numerics"),
     mutant("product of the low parts is dropped", "flash fp32", _FLASH,
-           "    mma(c, high, b0_low, b1_low, float());\n", "", "numerics"),
+           "    mma(step, high, b0_low, b1_low, float());\n", "", "numerics"),
     mutant("values of the wrong key", "flash fp32", _FLASH, "Tile::at(2 * t + 1, g / 2)", "Tile::at(2 * t, g / 2)", "numerics"),
     mutant("mean over the threads", "layer_norm", _NORM, "block_sum(sum) / p.D", "block_sum(sum) / blockDim.x", "numerics"),
     mutant("sum over half a warp", "layer_norm", _NORM,

@@ -86,9 +86,11 @@ struct Operand<float> {
     uint32_t b0_high, b0_low, b1_high, b1_low;
     split(b0, b0_high, b0_low);
     split(b1, b1_high, b1_low);
-    mma(c, low, b0_high, b1_high, float());  // the small terms first: they round less
-    mma(c, high, b0_low, b1_low, float());
-    mma(c, high, b0_high, b1_high, float());
+    float step[4] = {};  // added outside: tensor cores cut off, and a long chain would drift
+    mma(step, low, b0_high, b1_high, float());  // the small terms first: they round less
+    mma(step, high, b0_low, b1_low, float());
+    mma(step, high, b0_high, b1_high, float());
+    for (int i = 0; i < 4; ++i) c[i] += step[i];
   }
 };
 
