@@ -85,7 +85,7 @@ _BUGS = [
     ("infinite values are weighed with 0", "attention_fwd.cu", "KeptRows{~spoilt}", "KeptRows{~uint64_t(0)}", "numerics"),
     ("dropout's words go to the wrong lane", "dropout.cuh", "words[0] = odd ? first : own.x;",
      "words[0] = odd ? own.x : first;", "numerics"),
-    ("a low part of 3xTF32 is lost", "product.cuh", "    mma(c, low, b0_high, b1_high, float());", "    //", "numerics"),
+    ("a low part of 3xTF32 is lost", "product.cuh", "    mma(step, low, b0_high, b1_high, float());", "    //", "numerics"),
 ]  # fmt: skip
 
 
