@@ -60,6 +60,7 @@ def within_reach(sizes: tuple[int, ...], target: Target) -> tuple[int, ...]:
     return min(batch, 2), hq // hk * hk_left, hk_left, min(m, 300), min(n, 700)
 
 
+@pytest.mark.backends("cuda", "triton")
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_long_sums_do_not_drift(target: Target, d: int) -> None:
     """Tensor cores cut off: each step of a sum in float32 would take it a little nearer to zero."""
