@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from training_cases import SMALL, contents, rows, small, write_text
+from training_cases import SMALL, contents, losses, rows, small, write_text
 
 from pyfuse.models.checkpoint import from_pretrained
 from pyfuse.models.export import hf_config, hf_tensors
@@ -43,10 +43,6 @@ def train(folder: Path, text: Path, **more: Any) -> lm.Result:
     result = lm.run(folder, small(text, **more), speak=io.StringIO())
     assert result is not None
     return result
-
-
-def losses(folder: Path, kind: str = "train") -> list[float]:
-    return [float(row["loss"]) for row in rows(folder) if row["kind"] == kind]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from training_cases import rows, small_mlm, write_text
+from training_cases import losses, rows, small_mlm, write_text
 
 from pyfuse.models import transformer
 from pyfuse.models.checkpoint import from_pretrained
@@ -38,10 +38,6 @@ def train(folder: Path, text: Path, **more: Any) -> mlm.Result:
     result = mlm.run(folder, small_mlm(text, **more), speak=io.StringIO())
     assert result is not None
     return result
-
-
-def losses(folder: Path, kind: str = "train") -> list[float]:
-    return [float(row["loss"]) for row in rows(folder) if row["kind"] == kind]
 
 
 # ---- which tokens --------------------------------------------------------------------------------

@@ -88,6 +88,11 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
+def losses(folder: Path, kind: str = "train") -> list[float]:
+    """Of the rows of log.csv of this kind."""
+    return [float(row["loss"]) for row in rows(folder) if row["kind"] == kind]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below the folder but the lock."""
     files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")

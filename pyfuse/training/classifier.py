@@ -20,6 +20,7 @@ from pyfuse.models.export import hf_config
 from pyfuse.models.transformer import Transformer
 from pyfuse.training import labelled, program, tokens
 from pyfuse.training.classifier_options import Options
+from pyfuse.training.corpus import TOKENIZER, TOKENIZER_CONFIG
 from pyfuse.training.errors import TrainingError
 from pyfuse.training.loop import Batch, Figures
 from pyfuse.training.metrics import Metrics, confusion
@@ -30,7 +31,6 @@ from pyfuse.training.texts import Texts, padding
 from pyfuse.training.world import World
 
 METRICS, CONFUSION = "metrics.json", "confusion.csv"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pyfuse.training.program import Material
 from pyfuse.training.windows import Windows, evenly
 from pyfuse.training.world import World
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 IDENTIFIED = ("text", "tokenizer")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyfuse.models.export import hf_config
 from pyfuse.models.transformer import Config, Transformer
 from pyfuse.training import program, tokens
-from pyfuse.training.corpus import IDENTIFIED, corpus
+from pyfuse.training.corpus import IDENTIFIED, TOKENIZER_CONFIG, corpus
 from pyfuse.training.loop import IGNORED, Batch, Figures
 from pyfuse.training.masking import Masked, Masking, inner, marks
 from pyfuse.training.mlm_options import Options
@@ -52,7 +52,7 @@ class MaskedLanguageModel(Program[Options, MaskedCorpus]):
         return MaskedCorpus(
             data=Masked(made.data, masking, options.seed),
             identity=made.identity,
-            files={**made.files, "tokenizer_config.json": described},
+            files={**made.files, TOKENIZER_CONFIG: described},
             tokenizer=made.tokenizer,
             examined=masking.batch([inner(w) for w in made.held], 0),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyfuse.models.export import hf_config
 from pyfuse.models.transformer import Config, Transformer
 from pyfuse.training import dates, program, tokens
-from pyfuse.training.corpus import TOKENIZER
+from pyfuse.training.corpus import TOKENIZER, TOKENIZER_CONFIG
 from pyfuse.training.loop import IGNORED, Batch, Figures, Loss, mixed
 from pyfuse.training.model_options import pretrained, sizes
 from pyfuse.training.pairs import Pair, Pairs, batch, greedy
@@ -25,7 +25,6 @@ from pyfuse.training.seq2seq_options import Options
 from pyfuse.training.world import World
 
 __all__ = ["Options", "Result", "Seq2Seq", "loss", "new_config", "run"]
-TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
