@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "fragments.h"
 
@@ -33,56 +32,61 @@ inline SumRule sum_rule(Element e, int target) {
 namespace detail {
 
 constexpr int kNothing = -100000;  // the exponent of zero
+constexpr int kMaxColumns = 256, kMaxDepth = 32;
 
+// Without branches, for the sake of vectors. Infinity and NaN have 128, and then make the sum.
 inline int exponent(float x) {
-  const auto field = static_cast<int>(bit_cast<uint32_t>(x) >> 23 & 0xff);
-  if (field != 0) return field - 127;  // 128 for infinity and NaN, which then make the sum
-  return x == 0 ? kNothing : std::ilogb(x);
+  const auto bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
+  const int usual = static_cast<int>(bits >> 23) - 127;
+  const int small = bits == 0 ? kNothing : -126;
+  return bits < 0x00800000u ? small : usual;
 }
 
+inline double power_of_2(int n) { return bit_cast<double>(static_cast<uint64_t>(1023 + n) << 52); }
+
 inline float cut(double x) {
-  if (!std::isfinite(x)) return static_cast<float>(x);
-  return static_cast<float>(bit_cast<double>(bit_cast<uint64_t>(x) & ~((uint64_t{1} << 29) - 1)));
+  const double kept = bit_cast<double>(bit_cast<uint64_t>(x) & ~((uint64_t{1} << 29) - 1));
+  return static_cast<float>(std::isfinite(x) ? kept : x);
 }
 
 }  // namespace detail
 
-/// sum [rows, n] += left [rows, k] right [k, n], as the hardware does. Strides in elements.
-inline void add_products(const float* left, int left_stride, const float* right, int right_stride,
-                         int rows, int n, int k, SumRule rule, float* sum, int sum_stride) {
-  using detail::kNothing;
-  const auto columns = static_cast<size_t>(n);
-  std::vector<int> right_exponents(columns * static_cast<size_t>(k)), most(columns);
-  std::vector<double> scale(columns), total(columns);
+/// sum [rows, n] += left [rows, k] right [k, n], as the hardware does. Strides in elements. N: n
+/// where it is known to the compiler.
+template <int N = 0>
+void add_products(const float* left, int left_stride, const float* right, int right_stride,
+                  int rows, int n_, int k, SumRule rule, float* sum, int sum_stride) {
+  const int n = N != 0 ? N : n_;
+  int right_exponents[detail::kMaxDepth * detail::kMaxColumns], most[detail::kMaxColumns];
+  double scale[detail::kMaxColumns], unscale[detail::kMaxColumns], total[detail::kMaxColumns];
   for (int i = 0; i < k; ++i)
     for (int column = 0; column < n; ++column)
-      right_exponents[static_cast<size_t>(i * n + column)] =
-          detail::exponent(right[i * right_stride + column]);
+      right_exponents[i * n + column] = detail::exponent(right[i * right_stride + column]);
   for (int row = 0; row < rows; ++row) {
     float* to = sum + row * sum_stride;
     for (int first = 0; first < k; first += rule.block) {
       const int end = std::min(k, first + rule.block);
-      for (size_t column = 0; column < columns; ++column)
-        most[column] = detail::exponent(to[column]);
+      for (int column = 0; column < n; ++column) most[column] = detail::exponent(to[column]);
       for (int i = first; i < end; ++i) {
         const int own = detail::exponent(left[row * left_stride + i]);
-        const int* others = right_exponents.data() + i * n;
-        for (size_t column = 0; column < columns; ++column)
+        const int* others = right_exponents + i * n;
+        for (int column = 0; column < n; ++column)
           most[column] = std::max(most[column], own + others[column]);
       }
-      for (size_t column = 0; column < columns; ++column) {
-        const int last = std::clamp(23 + rule.extra - most[column], -900, 900);
-        scale[column] = bit_cast<double>(static_cast<uint64_t>(1023 + last) << 52);
+      for (int column = 0; column < n; ++column) {
+        const int last = std::min(std::max(23 + rule.extra - most[column], -900), 900);
+        scale[column] = detail::power_of_2(last);
+        unscale[column] = detail::power_of_2(-last);
         total[column] = std::trunc(static_cast<double>(to[column]) * scale[column]);
       }
       for (int i = first; i < end; ++i) {
         const auto own = static_cast<double>(left[row * left_stride + i]);
         const float* others = right + i * right_stride;
-        for (size_t column = 0; column < columns; ++column)
+        for (int column = 0; column < n; ++column)
           total[column] += std::trunc(own * static_cast<double>(others[column]) * scale[column]);
       }
-      for (size_t column = 0; column < columns; ++column)
-        to[column] = detail::cut(total[column] / scale[column]);
+      for (int column = 0; column < n; ++column)
+        to[column] = detail::cut(total[column] * unscale[column]);
     }
   }
 }
