@@ -33,6 +33,9 @@ namespace detail {
 
 constexpr int kNothing = -100000;  // the exponent of zero
 constexpr int kMaxColumns = 256, kMaxDepth = 32;
+// Exponents between which float32 holds every product that counts, and what scales it to an
+// integer.
+constexpr int kSmallest = -100, kLargest = 124;
 
 // Without branches, for the sake of vectors. Infinity and NaN have 128, and then make the sum.
 inline int exponent(float x) {
@@ -58,6 +61,7 @@ void add_products(const float* left, int left_stride, const float* right, int ri
                   int rows, int n_, int k, SumRule rule, float* sum, int sum_stride) {
   const int n = N != 0 ? N : n_;
   int right_exponents[detail::kMaxDepth * detail::kMaxColumns], most[detail::kMaxColumns];
+  float small[detail::kMaxColumns];
   double scale[detail::kMaxColumns], unscale[detail::kMaxColumns], total[detail::kMaxColumns];
   for (int i = 0; i < k; ++i)
     for (int column = 0; column < n; ++column)
@@ -72,6 +76,33 @@ void add_products(const float* left, int left_stride, const float* right, int ri
         const int* others = right_exponents + i * n;
         for (int column = 0; column < n; ++column)
           most[column] = std::max(most[column], own + others[column]);
+      }
+      // In float32 and integers where nothing is too large or too small for them, as is usual.
+      int odd = 0;
+      for (int column = 0; column < n; ++column) {
+        const int e = most[column];
+        odd |= (e >= detail::kLargest) | ((e < detail::kSmallest) & (e > detail::kNothing / 2));
+      }
+      if (odd == 0) {
+        for (int column = 0; column < n; ++column) {
+          const int last = 23 + rule.extra - std::max(most[column], detail::kSmallest);
+          small[column] = bit_cast<float>(static_cast<uint32_t>(127 + last) << 23);
+          unscale[column] = detail::power_of_2(-last);
+          total[column] = static_cast<double>(static_cast<int32_t>(to[column] * small[column]));
+        }
+        for (int half = first; half < end; half += 8) {  // eight such terms fit 32 bits
+          int32_t sums[N != 0 ? N : detail::kMaxColumns] = {};
+          for (int i = half; i < std::min(end, half + 8); ++i) {
+            const float own = left[row * left_stride + i];
+            const float* others = right + i * right_stride;
+            for (int column = 0; column < n; ++column)
+              sums[column] += static_cast<int32_t>(own * others[column] * small[column]);
+          }
+          for (int column = 0; column < n; ++column) total[column] += sums[column];
+        }
+        for (int column = 0; column < n; ++column)
+          to[column] = detail::cut(total[column] * unscale[column]);
+        continue;
       }
       for (int column = 0; column < n; ++column) {
         const int last = std::min(std::max(23 + rule.extra - most[column], -900), 900);
