@@ -270,7 +270,7 @@ void run_mma_float(Warp& w, const Inst& inst, Mask lanes) {
   } else {
     float single[kM][kN];
     std::copy_n(sum[0], kM * kN, single[0]);
-    add_products<kN>(left[0], kMaxK, right[0], kN, kM, kN, detail.k, detail.rule, single[0], kN);
+    add_products(left[0], kMaxK, right[0], kN, kM, kN, detail.k, detail.rule, single[0], kN);
     std::copy_n(single[0], kM * kN, sum[0]);
   }
   const bool known = all_defined(w, a, a_count + b_count + d_count);

@@ -31,93 +31,100 @@ inline SumRule sum_rule(Element e, int target) {
 
 namespace detail {
 
-constexpr int kNothing = -100000;  // the exponent of zero
-constexpr int kMaxColumns = 256, kMaxDepth = 32;
-// Exponents between which float32 holds every product that counts, and what scales it to an
-// integer.
-constexpr int kSmallest = -100, kLargest = 124;
+// Eight columns at a time, in vectors of GCC and Clang.
+constexpr int kColumns = 8, kMaxDepth = 32;
+using Floats = float __attribute__((vector_size(32)));
+using Ints = int32_t __attribute__((vector_size(32)));
+using Doubles = double __attribute__((vector_size(64)));
+using Longs = int64_t __attribute__((vector_size(64)));
 
-// Without branches, for the sake of vectors. Infinity and NaN have 128, and then make the sum.
-inline int exponent(float x) {
-  const auto bits = bit_cast<uint32_t>(x) & 0x7fffffffu;
-  const int usual = static_cast<int>(bits >> 23) - 127;
-  const int small = bits == 0 ? kNothing : -126;
-  return bits < 0x00800000u ? small : usual;
+constexpr int kNothing = -100000;  // the exponent of zero
+// Exponents between which float32 holds every product that counts, and what scales it to integers.
+constexpr int kSmallest = -100, kLargest = 124;
+constexpr int64_t kBitsOfFloat = ~((int64_t{1} << 29) - 1);  // of a double
+
+inline Floats load(const float* from) {
+  Floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
 }
 
-inline double power_of_2(int n) { return bit_cast<double>(static_cast<uint64_t>(1023 + n) << 52); }
+// Of numbers, or zero. Infinity and NaN have 128.
+inline Ints exponents(Floats x) {
+  const Ints bits = bit_cast<Ints>(x) & 0x7fffffff;
+  const Ints small = bits == 0 ? Ints{} + kNothing : Ints{} - 126;
+  return bits < 0x00800000 ? small : (bits >> 23) - 127;
+}
 
-inline float cut(double x) {
-  const double kept = bit_cast<double>(bit_cast<uint64_t>(x) & ~((uint64_t{1} << 29) - 1));
-  return static_cast<float>(std::isfinite(x) ? kept : x);
+inline bool any(Ints x) {
+  int32_t all = 0;
+  for (int i = 0; i < kColumns; ++i) all |= x[i];
+  return all != 0;
+}
+
+// Terms that are scaled to integers of 32 bits, eight of which add up in 32 bits.
+inline Floats add_usual(Floats c, const float* left, const Floats* right, int count, Ints scale) {
+  const auto up = bit_cast<Floats>((127 + scale) << 23),
+             down = bit_cast<Floats>((127 - scale) << 23);
+  Doubles total = __builtin_convertvector(__builtin_convertvector(c * up, Ints), Doubles);
+  for (int first = 0; first < count; first += 8) {
+    Ints sum{};
+    for (int i = first; i < std::min(count, first + 8); ++i)
+      sum += __builtin_convertvector(left[i] * right[i] * up, Ints);
+    total += __builtin_convertvector(sum, Doubles);
+  }
+  const auto kept = bit_cast<Doubles>(bit_cast<Longs>(total) & kBitsOfFloat);
+  return __builtin_convertvector(kept, Floats) * down;
+}
+
+// The same in double, where float32 is too small for the terms, or they are not finite.
+inline Floats add_any(Floats c, const float* left, const Floats* right, int count, Ints scale) {
+  for (int column = 0; column < kColumns; ++column) {
+    const int by = std::clamp(scale[column], -900, 900);
+    double total = std::trunc(std::ldexp(static_cast<double>(c[column]), by));
+    for (int i = 0; i < count; ++i) {
+      const double term = static_cast<double>(left[i]) * static_cast<double>(right[i][column]);
+      total += std::trunc(std::ldexp(term, by));
+    }
+    total = std::ldexp(total, -by);
+    if (std::isfinite(total)) total = bit_cast<double>(bit_cast<int64_t>(total) & kBitsOfFloat);
+    c[column] = static_cast<float>(total);
+  }
+  return c;
 }
 
 }  // namespace detail
 
-/// sum [rows, n] += left [rows, k] right [k, n], as the hardware does. Strides in elements. N: n
-/// where it is known to the compiler.
-template <int N = 0>
-void add_products(const float* left, int left_stride, const float* right, int right_stride,
-                  int rows, int n_, int k, SumRule rule, float* sum, int sum_stride) {
-  const int n = N != 0 ? N : n_;
-  int right_exponents[detail::kMaxDepth * detail::kMaxColumns], most[detail::kMaxColumns];
-  float small[detail::kMaxColumns];
-  double scale[detail::kMaxColumns], unscale[detail::kMaxColumns], total[detail::kMaxColumns];
-  for (int i = 0; i < k; ++i)
-    for (int column = 0; column < n; ++column)
-      right_exponents[i * n + column] = detail::exponent(right[i * right_stride + column]);
-  for (int row = 0; row < rows; ++row) {
-    float* to = sum + row * sum_stride;
-    for (int first = 0; first < k; first += rule.block) {
-      const int end = std::min(k, first + rule.block);
-      for (int column = 0; column < n; ++column) most[column] = detail::exponent(to[column]);
-      for (int i = first; i < end; ++i) {
-        const int own = detail::exponent(left[row * left_stride + i]);
-        const int* others = right_exponents + i * n;
-        for (int column = 0; column < n; ++column)
-          most[column] = std::max(most[column], own + others[column]);
-      }
-      // In float32 and integers where nothing is too large or too small for them, as is usual.
-      int odd = 0;
-      for (int column = 0; column < n; ++column) {
-        const int e = most[column];
-        odd |= (e >= detail::kLargest) | ((e < detail::kSmallest) & (e > detail::kNothing / 2));
-      }
-      if (odd == 0) {
-        for (int column = 0; column < n; ++column) {
-          const int last = 23 + rule.extra - std::max(most[column], detail::kSmallest);
-          small[column] = bit_cast<float>(static_cast<uint32_t>(127 + last) << 23);
-          unscale[column] = detail::power_of_2(-last);
-          total[column] = static_cast<double>(static_cast<int32_t>(to[column] * small[column]));
+/// sum [rows, n] += left [rows, k] right [k, n], as the hardware does; n a multiple of 8. Strides
+/// in elements.
+inline void add_products(const float* left, int left_stride, const float* right, int right_stride,
+                         int rows, int n, int k, SumRule rule, float* sum, int sum_stride) {
+  using namespace detail;
+  for (int column = 0; column < n; column += kColumns) {
+    Floats b[kMaxDepth];
+    Ints b_exponents[kMaxDepth];
+    for (int i = 0; i < k; ++i) {
+      b[i] = load(right + i * right_stride + column);
+      b_exponents[i] = exponents(b[i]);
+    }
+    for (int row = 0; row < rows; ++row) {
+      const float* a = left + row * left_stride;
+      float* to = sum + row * sum_stride + column;
+      Floats c = load(to);
+      for (int first = 0; first < k; first += rule.block) {
+        const int count = std::min(rule.block, k - first);
+        Ints most = exponents(c);
+        for (int i = first; i < first + count; ++i) {
+          const Ints own = exponents(Floats{} + a[i]) + b_exponents[i];
+          most = own > most ? own : most;
         }
-        for (int half = first; half < end; half += 8) {  // eight such terms fit 32 bits
-          int32_t sums[N != 0 ? N : detail::kMaxColumns] = {};
-          for (int i = half; i < std::min(end, half + 8); ++i) {
-            const float own = left[row * left_stride + i];
-            const float* others = right + i * right_stride;
-            for (int column = 0; column < n; ++column)
-              sums[column] += static_cast<int32_t>(own * others[column] * small[column]);
-          }
-          for (int column = 0; column < n; ++column) total[column] += sums[column];
-        }
-        for (int column = 0; column < n; ++column)
-          to[column] = detail::cut(total[column] * unscale[column]);
-        continue;
+        const Ints nothing = most < kNothing / 2;
+        const bool usual = !any((most >= kLargest) | ((most < kSmallest) & ~nothing));
+        most = nothing != 0 ? Ints{} + kSmallest : most;
+        const Ints scale = 23 + rule.extra - most;
+        c = (usual ? add_usual : add_any)(c, a + first, b + first, count, scale);
       }
-      for (int column = 0; column < n; ++column) {
-        const int last = std::min(std::max(23 + rule.extra - most[column], -900), 900);
-        scale[column] = detail::power_of_2(last);
-        unscale[column] = detail::power_of_2(-last);
-        total[column] = std::trunc(static_cast<double>(to[column]) * scale[column]);
-      }
-      for (int i = first; i < end; ++i) {
-        const auto own = static_cast<double>(left[row * left_stride + i]);
-        const float* others = right + i * right_stride;
-        for (int column = 0; column < n; ++column)
-          total[column] += std::trunc(own * static_cast<double>(others[column]) * scale[column]);
-      }
-      for (int column = 0; column < n; ++column)
-        to[column] = detail::cut(total[column] * unscale[column]);
+      std::memcpy(to, &c, sizeof c);
     }
   }
 }
