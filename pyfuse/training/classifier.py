@@ -110,7 +110,7 @@ class Classifier(Program[Options, Labelled]):
         )
 
     def model(self, options: Options, material: Labelled, ops: Any) -> Transformer:
-        head = {"head": "classes", "classes": len(material.labels)}
+        head = {"head": "classes", "labels": tuple(material.labels)}
         model = pretrained(options, ops, material.tokenizer.size, **head)
         if model.config.causal:
             raise ValueError(
@@ -136,11 +136,7 @@ class Classifier(Program[Options, Labelled]):
         return evaluate
 
     def config(self, model: Transformer, material: Labelled) -> dict[str, Any]:
-        names = dict(enumerate(material.labels))
-        return hf_config(model.config, pad=padding(material.tokenizer)) | {
-            "id2label": names,
-            "label2id": {name: i for i, name in names.items()},
-        }
+        return hf_config(model.config, pad=padding(material.tokenizer))
 
     def uniform(self, model: Transformer) -> int:
         return model.config.classes
