@@ -64,12 +64,26 @@ def test_a_sum_is_cut_off_and_not_rounded() -> None:
     assert np.all(d == np.float32(1 + 2.0**-23))
 
 
+@pytest.mark.parametrize("partner", [1.0, 2.0**-14, 2.0**-24, 0.0], ids=str)
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-def test_what_is_not_finite(value: float) -> None:
+def test_what_is_not_finite(value: float, partner: float) -> None:
+    """It stays so times a partner however small; and times zero it is NaN."""
     row = Product(SHAPES["f16"], "f16", "f16", "f32")
     a, b = np.ones((1, 16, 16), np.float16), np.ones((1, 16, 8), np.float16)
-    a[0, 3, 5] = value
+    a[0, 3, 5], b[0, 5] = value, partner
     c = np.zeros((1, 16, 8), np.float32).view(np.uint32)
     d = multiply(row, a.view(np.uint16), b.view(np.uint16), c).view(np.float32)[0]
+    expected = value if partner else np.nan
+    assert np.array_equal(d[3], np.full(8, expected, np.float32), equal_nan=True)
+    assert np.allclose(np.delete(d, 3, 0), 15 + partner, rtol=2.0**-23, atol=0)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_an_accumulator_that_is_not_finite(value: float) -> None:
+    row = Product(SHAPES["tf32"], "tf32", "tf32", "f32")
+    a, b = np.full((1, 16, 8), 2.0**-60, np.float32), np.full((1, 8, 8), 2.0**-60, np.float32)
+    c = np.zeros((1, 16, 8), np.float32)
+    c[0, 3] = value
+    d = multiply(row, *(x.view(np.uint32) for x in (a, b, c))).view(np.float32)[0]
     assert np.array_equal(d[3], np.full(8, value, np.float32), equal_nan=True)
-    assert np.all(np.delete(d, 3, 0) == 16)
+    assert np.all(np.delete(d, 3, 0) == 2.0**-117)

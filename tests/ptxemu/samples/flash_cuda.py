@@ -34,7 +34,7 @@ def flash_fwd(
     o, lse = _outputs(q)
     strides = [s for x in (q, k, v, o) for s in x.stride()[:3]]
     params = struct("<5Q12q3if", q, k, v, o, lse, *strides, M, N, int(causal), scale)
-    block_n = 32 if q.dtype == torch.float32 and D == 128 else 64
+    block_n = 32 if q.dtype == torch.float32 and D >= 64 else 64
     report = nvcc_run.launch(
         source, f"flash_fwd_{_NAMES[q.dtype]}_d{D}", (math.ceil(M / 64), heads, batch), 128, params,
         gpu=gpu or Emulator(80), shared=(64 + 4 * block_n) * D * q.element_size(), seed=seed, check=check,

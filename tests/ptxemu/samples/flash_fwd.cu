@@ -34,7 +34,7 @@ constexpr int THREADS = 32 * WARPS;
 /// rows of 64 bytes, two to a line of banks, take r / 2 mod 4 instead.
 template <typename T, int D>
 struct Tile {
-  static constexpr int BLOCK_N = sizeof(T) == 4 && D == 128 ? 32 : 64;
+  static constexpr int BLOCK_N = sizeof(T) == 4 && D >= 64 ? 32 : 64;
   static constexpr int ROW = D * sizeof(T);  // bytes
   static constexpr int CHUNKS = ROW / 16;
   static constexpr int STEPS = ROW / 32;  // an mma takes 32 bytes of each row: 16 halves, 8 floats

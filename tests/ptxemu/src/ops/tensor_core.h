@@ -39,6 +39,7 @@ using Doubles = double __attribute__((vector_size(64)));
 using Longs = int64_t __attribute__((vector_size(64)));
 
 constexpr int kNothing = -100000;  // the exponent of zero
+constexpr int kEndless = 300000;   // of infinity and NaN: above all others, times zero too
 // Exponents between which float32 holds every product that counts, and what scales it to integers.
 constexpr int kSmallest = -100, kLargest = 124;
 constexpr int64_t kBitsOfFloat = ~((int64_t{1} << 29) - 1);  // of a double
@@ -49,11 +50,11 @@ inline Floats load(const float* from) {
   return x;
 }
 
-// Of numbers, or zero. Infinity and NaN have 128.
 inline Ints exponents(Floats x) {
   const Ints bits = bit_cast<Ints>(x) & 0x7fffffff;
   const Ints small = bits == 0 ? Ints{} + kNothing : Ints{} - 126;
-  return bits < 0x00800000 ? small : (bits >> 23) - 127;
+  const Ints large = bits >= 0x7f800000 ? Ints{} + kEndless : (bits >> 23) - 127;
+  return bits < 0x00800000 ? small : large;
 }
 
 inline bool any(Ints x) {
