@@ -1,8 +1,8 @@
 """Every promised figure, measured side by side in one run: figure, target, met or missed.
 
     make bars                               all of them (about 30 minutes on 2 cores)
-    python -m benchmarks.bars speed text    some groups only: kernels, loss, modules, training, speed, text,
-                                            never_slower, install, tests, emulator, triton, cuda, cuda_build
+    python -m benchmarks.bars speed text    some groups only: kernels, loss, modules, training, generation,
+                                            speed, text, never_slower, install, tests, emulator, triton, cuda, cuda_build
 
 Whatever is compared runs in turns in one process: absolute times of a shared machine mean little, these ratios repeat.
 
@@ -34,6 +34,7 @@ from benchmarks import (
     attention_bars,
     cuda_bars,
     emulator_bars,
+    generation_bars,
     layer_bars,
     loss_bars,
     module_bars,
@@ -245,6 +246,7 @@ GROUPS: dict[str, Callable[[], Iterator[Bar]]] = {
     "loss": loss_bars.loss,
     "modules": module_bars.modules,
     "training": training_bars.training,
+    "generation": generation_bars.generation,
     "speed": speed,
     "text": text,
     "never_slower": never_slower,

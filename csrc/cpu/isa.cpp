@@ -11,6 +11,7 @@
   void attention_decode(const DecodeParams&);                    \
   void attention_gradient(const AttentionGradientParams&);       \
   void attention_score_gradient(const AttentionGradientParams&); \
+  void decode_step(const StepParams&);                           \
   void dropout(const DropoutParams&);                            \
   void embed(const EmbedParams&);                                \
   void embed_gradient(const EmbedGradientParams&);               \
@@ -21,10 +22,12 @@
   void norm_gradient(const NormGradientParams&);                 \
   void rope(const RopeParams&);                                  \
   void row_sums(const RowSumsParams&);                           \
+  void sample(const SampleParams&);                              \
   static const Kernels table = {attention,                       \
                                 attention_decode,                \
                                 attention_gradient,              \
                                 attention_score_gradient,        \
+                                decode_step,                     \
                                 dropout,                         \
                                 embed,                           \
                                 embed_gradient,                  \
@@ -34,7 +37,8 @@
                                 norm,                            \
                                 norm_gradient,                   \
                                 rope,                            \
-                                row_sums};                       \
+                                row_sums,                        \
+                                sample};                         \
   }
 
 // CMake's list of what this binary carries, best first: X(avx512) X(avx2) X(baseline).

@@ -16,6 +16,7 @@ struct Kernels {
   void (*attention_decode)(const DecodeParams&);
   void (*attention_gradient)(const AttentionGradientParams&);
   void (*attention_score_gradient)(const AttentionGradientParams&);
+  void (*decode_step)(const StepParams&);
   void (*dropout)(const DropoutParams&);
   void (*embed)(const EmbedParams&);
   void (*embed_gradient)(const EmbedGradientParams&);
@@ -26,6 +27,7 @@ struct Kernels {
   void (*norm_gradient)(const NormGradientParams&);
   void (*rope)(const RopeParams&);
   void (*row_sums)(const RowSumsParams&);
+  void (*sample)(const SampleParams&);
 };
 
 const Kernels& kernels();                   // of the chosen instruction set

@@ -22,4 +22,21 @@ inline void parallel_for(int64_t n, [[maybe_unused]] int threads, const Body& bo
   for (int64_t i = 0; i < n; ++i) body(i, 0);
 }
 
+// A kernel of many short loops starts its threads once: `body` runs on each of them, and `share`
+// within it divides a loop among them; nobody goes on before all of it is done.
+template <class Body>
+inline void as_team([[maybe_unused]] int threads, const Body& body) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  body();
+}
+template <class Body>
+inline void share(int64_t n, const Body& body) {
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
+#else
+  for (int64_t i = 0; i < n; ++i) body(i, 0);
+#endif
+}
+
 }  // namespace pyfuse::cpu::PYFUSE_ISA

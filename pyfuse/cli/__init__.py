@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from pyfuse.cli import demo, doctor, models, run, train
+from pyfuse.cli import demo, doctor, generate, models, run, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,7 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fused transformer kernels for PyTorch: see what they gain on this machine.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (demo, doctor, models, run, train):
+    for command in (demo, doctor, generate, models, run, train):
         command.add_parser(commands)
     return parser
 

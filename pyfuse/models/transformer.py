@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from pyfuse import ops as pyfuse_ops
 from pyfuse.activations import FORMULA
 from pyfuse.models import stock
+from pyfuse.models.rows import Rows, row_linear
 from pyfuse.nn import InputEmbedding, RotaryEmbedding
 
 NORMS, POSITIONS, HEADS = (
@@ -141,10 +142,11 @@ class Part(nn.Module):
 
 
 class Linear(nn.Linear, Part):
-    """y = x·Wᵀ + b"""
+    """y = x·Wᵀ + b; by_rows: the bits of a row do not depend on how many there are."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        y: Tensor = self.ops.linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, by_rows: bool = False) -> Tensor:
+        linear = row_linear if by_rows else self.ops.linear
+        y: Tensor = linear(input, self.weight, self.bias)
         return y
 
 
@@ -172,6 +174,16 @@ class Rope(RotaryEmbedding, Part):
             c.d, theta=c.rope_theta, scaling=c.rope_scaling, max_positions=c.max_positions
         )
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether sequences beyond max_positions have other angles from their first token on."""
+        return self._adaptive
+
+    def turn_rows(self, q: Tensor, k: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The tables reach as far as the sequences, which are longer than what is new of them."""
+        cos, sin = self.tables(rows.longest, q.device)
+        return self._turn(q, k, cos, sin, layout=self.layout, positions=rows.positions)
+
     def _turn(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return self.ops.rope_pair(*tensors, **options)
 
@@ -195,6 +207,12 @@ class RelativeBias(Part):
         bucket = self._bucket(at - at[:, None], causal)
         bias = nn.functional.embedding(bucket, self.weight).permute(2, 0, 1)[None]
         return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+    def tail(self, first: int, length: int) -> Tensor:
+        """[1, H, length - first, length]: of the queries from `first` on, with as many keys as tokens."""
+        at = torch.arange(length, device=self.weight.device)
+        bucket = self._bucket(at - at[first:, None], causal=True)
+        return nn.functional.embedding(bucket, self.weight).permute(2, 0, 1)[None]
 
     def _bucket(self, ahead: Tensor, causal: bool) -> Tensor:
         buckets = len(self.weight) // (1 if causal else 2)
@@ -243,7 +261,7 @@ class Attention(Part):
     def __init__(self, c: Config, cross: bool = False) -> None:
         super().__init__()
         kv = 2 * (c.kv_heads or c.heads) * c.d
-        self.d, self.scale = c.d, c.attention_scale
+        self.d, self.scale, self.is_cross = c.d, c.attention_scale, cross
         self.dropout, self.window = c.attention_dropout, c.window
         self.sizes = [c.heads * c.d, kv // 2, kv // 2]
         if cross:
@@ -254,13 +272,17 @@ class Attention(Part):
         self.out = Linear(c.heads * c.d, c.width, c.attention_bias)
 
     def forward(
-        self, x: Tensor, *, mask: Tensor | None, causal: bool, rope: Rope | None = None,
+        self, x: Tensor, *, mask: Tensor | None = None, causal: bool = True, rope: Rope | None = None,
         positions: Tensor | None = None, memory: Tensor | None = None, bounds: Tensor | None = None,
+        rows: Rows | None = None, layer: int = 0,
     ) -> Tensor:  # fmt: skip
         """x [B, T, W], memory [B, S, W]; mask broadcastable to [B, H, T, S], True where a token may look, or a bias.
 
         bounds: of packed sequences, x being [1, N, W] (`varlen_attention`); memory and mask are None then.
+        rows: x [1, N, W] goes on with these cached sequences; the cache has the keys and values of this layer.
         """
+        if rows is not None:
+            return self._of_rows(x, rows, layer, rope)
         if memory is None:
             q, k, v = map(self._heads, self.qkv(x).split(self.sizes, -1))
         else:
@@ -278,6 +300,22 @@ class Attention(Part):
         y: Tensor = self.out(o.flatten(2))
         return y
 
+    def _of_rows(self, x: Tensor, rows: Rows, layer: int, rope: Rope | None) -> Tensor:
+        if self.is_cross:
+            o = rows.look_back(layer, self._heads(self.query(x, by_rows=True)), self.scale)
+        else:
+            q, k, v = map(self._heads, self.qkv(x, by_rows=True).split(self.sizes, -1))
+            if rope is not None:
+                q, k = rope.turn_rows(q, k, rows)
+            o = rows.attend(layer, q, k, v, self.window, self.scale)
+        y: Tensor = self.out(o.transpose(1, 2).flatten(2), by_rows=True)
+        return y
+
+    def of_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, Hk, S, D] of an encoder's result, for `Rows.look_back`."""
+        k, v = map(self._heads, self.key_value(memory, by_rows=True).split(self.sizes[1:], -1))
+        return k, v
+
     def _heads(self, x: Tensor) -> Tensor:
         """[B, T, H·D] as [B, H, T, D], in the same memory."""
         return x.unflatten(-1, (-1, self.d)).transpose(1, 2)
@@ -292,14 +330,14 @@ class FeedForward(Part):
         self.up = Linear(c.width, (2 if c.gated else 1) * c.hidden, c.hidden_bias)
         self.down = Linear(c.hidden, c.width, c.hidden_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.up(x)
+    def forward(self, x: Tensor, by_rows: bool = False) -> Tensor:
+        h: Tensor = self.up(x, by_rows)
         p = self.dropout if self.training else 0.0
         if self.gated:
             gate, h = h.chunk(2, -1)
             h = FORMULA[self.activation](gate) * h
         h = self.ops.dropout(h, p, activation=None if self.gated else self.activation)
-        y: Tensor = self.down(h)
+        y: Tensor = self.down(h, by_rows)
         return y
 
 
@@ -325,11 +363,12 @@ class Block(nn.Module):
 
         look, look_back: the arguments of attention and cross-attention.
         """
+        by_rows = "rows" in look
         if not self.norm_first:
             x, _ = self.norm1(x, self.attention(x, **look))
             if look_back is not None:
                 x, _ = self.cross_norm(x, self.cross(x, **look_back))
-            x, _ = self.norm2(x, self.feed_forward(x))
+            x, _ = self.norm2(x, self.feed_forward(x, by_rows))
             return x, None
         n, x = self.norm1(x, update)
         update = self.attention(n, **look)
@@ -337,7 +376,7 @@ class Block(nn.Module):
             n, x = self.cross_norm(x, update)
             update = self.cross(n, **look_back)
         n, x = self.norm2(x, update)
-        return x, self.feed_forward(n)
+        return x, self.feed_forward(n, by_rows)
 
 
 class Stack(nn.Module):
@@ -376,6 +415,19 @@ class Stack(nn.Module):
         x = self.embedding(ids, positions if self.rope is None else None, segments)
         x = self._through_blocks(x, look, look_back)
         return x if packing is None else packing.unpack(x)
+
+    def of_rows(self, ids: Tensor, rows: Rows) -> Tensor:
+        """x [1, N, W] of tokens [1, N] that go on with cached sequences."""
+        if self.relative is not None:
+            spans = zip(rows.slots, rows.ends, strict=True)
+            rows.biases = [self.relative.tail(slot.length, end) for slot, end in spans]
+        x = self.embedding(ids, rows.positions if self.embedding.kind is not None else None)
+        update: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            look = {"rows": rows, "layer": layer}
+            back = look if hasattr(block, "cross") else None
+            x, update = block(x, update, look | {"rope": self.rope}, back)
+        return x if self.norm is None else self.norm(x, update)[0]
 
     def _packing(self, mask: Tensor | None) -> Packing | None:
         """Not with torch, which has no such attention, and ours of packed sequences takes no bias."""
@@ -531,6 +583,20 @@ class Transformer(Part):
         return self.ops.linear_cross_entropy(
             x, weight, targets, bias, label_smoothing=label_smoothing, z_loss=z_loss
         )
+
+    def memory_keys(self, memory: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Keys and values [B, Hk, S, D] of `encode`'s result for the cross-attention of each layer (`Slot.memory`)."""
+        crosses: list[Attention] = [block.cross for block in self.decoder.blocks]  # type: ignore[misc]
+        return tuple(cross.of_memory(memory) for cross in crosses)
+
+    def of_rows(self, ids: Tensor, rows: Rows, logits_of: Tensor) -> Tensor:
+        """Logits [R, V] of tokens that go on with cached sequences.
+
+        ids [1, N]: the new tokens of each sequence of `rows`, one sequence after another. Their keys and values are
+        written to the cache; `PagedCache.commit` is the caller's. logits_of [R]: of which tokens logits are wanted.
+        """
+        x, weight, bias = self.last_layer(self.decoder.of_rows(ids, rows)[0, logits_of])
+        return row_linear(x, weight, bias)
 
     def last_layer(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the last linear layer of the head takes, and its parameters."""

@@ -3,11 +3,9 @@
 #include <cmath>
 
 namespace pyfuse::test {
-namespace {
 
-// Word n & 3 of Philox4x32-10 at counter (b, h, m, n >> 2) with the seed's words as its key
-// (Salmon, Moraes, Dror and Shaw, SC 2011).
-uint32_t philox(int64_t b, int64_t h, int64_t m, int64_t n) {
+// Salmon, Moraes, Dror and Shaw, SC 2011.
+uint32_t random_word(int64_t b, int64_t h, int64_t m, int64_t n) {
   uint32_t c[4] = {static_cast<uint32_t>(b), static_cast<uint32_t>(h), static_cast<uint32_t>(m),
                    static_cast<uint32_t>(n >> 2)};
   uint32_t key[2] = {static_cast<uint32_t>(dropout_seed[0]),
@@ -21,11 +19,9 @@ uint32_t philox(int64_t b, int64_t h, int64_t m, int64_t n) {
   return c[n & 3];
 }
 
-}  // namespace
-
 double dropout_factor(double p, int64_t b, int64_t h, int64_t m, int64_t n) {
   if (p == 0) return 1;
-  return philox(b, h, m, n) >> 8 >= std::ceil(p * (1 << 24)) ? 1 / (1 - p) : 0;
+  return random_word(b, h, m, n) >> 8 >= std::ceil(p * (1 << 24)) ? 1 / (1 - p) : 0;
 }
 
 }  // namespace pyfuse::test

@@ -185,6 +185,60 @@ struct RowSumsParams {
 
 enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, silu = 3, relu = 4 };
 
+// A weight of the decoding step, packed into panels of 64 outputs (csrc/cpu/panel_rows.h), zeros
+// where there are none.
+struct StepMatrix {
+  const void* w;       // null: no such matrix
+  const float* scale;  // of int8: one for each output, up to a multiple of 64; else null
+  const float* bias;   // likewise; null: none
+  int64_t n, k;
+};
+struct StepNorm {
+  const float *weight, *bias;  // bias: of LayerNorm, null for RMSNorm
+};
+struct StepLayer {
+  StepNorm norm1, norm2;
+  StepMatrix qkv, out, gate, up, down;  // gate: null w without
+};
+enum class StepWeights : int { f32 = 0, bf16 = 1, int8 = 2 };
+
+// What a decoder of Llama's or GPT-2's kind is made of: x += attention(norm(x)), x +=
+// feed_forward(norm(x)) in each layer.
+struct StepModel {
+  const StepLayer* layers;
+  int64_t layer_count, width, heads_q, heads_k, d, hidden, vocabulary;
+  StepWeights weights;
+  DType dtype;           // of the token table, f32 or bf16
+  const void* tokens;    // [V, W]
+  const float* places;   // [P, W]: learned or sinusoidal positions; null: none
+  const float *cos, *sin;  // [P, R/2] of RoPE, in halves; null: none
+  int64_t positions, rotated;  // P, R
+  StepNorm norm;         // after the last layer
+  StepMatrix head;
+  double embedding_scale, head_scale, eps, scale;
+  Activation activation;
+  int64_t window_left;  // keys before a token's own that it sees; -1: all
+};
+
+constexpr int64_t MOST_STEP_QUERIES = 16, MOST_STEP_ROWS = 64;  // and these, times Hq / Hk
+
+// One step: `rows` tokens, those of each of the sequences one after another, as many of each.
+struct StepParams {
+  const StepModel* model;
+  int64_t sequences, queries;  // of each sequence
+  const int64_t* ids;          // [rows]
+  const int64_t* lengths;      // [sequences], these tokens included: the last one stands at its end
+  const int32_t* block_table;  // [sequences, table_stride]
+  int64_t table_stride, page_size, pages;
+  void *k, *v;  // [layers, pages, Hk, page_size, D] of `cache`
+  DType cache;  // f32 or bf16
+  bool prompt;  // many tokens of each sequence: attention by tiles, else at most MOST_STEP_QUERIES
+  bool every;   // logits of every token, not of the last ones
+  float* logits;  // [rows or sequences, logits_stride]; null: none
+  int64_t logits_stride;
+  int threads;
+};
+
 // y = dropout(act(x)) over [rows, d]; with a flow, the gradient of x from y's. The element (row,
 // column) has the random word of element (0, 0, row, column).
 struct DropoutParams {
@@ -209,6 +263,36 @@ struct LinearParams {
   int64_t x_stride, w_stride, y_stride, multiply_stride, residual_stride;
   DType dtype;
   Activation activation;
+  int threads;
+};
+
+// Tokens by their logits: pyfuse/generation/sampling.py has the definition.
+struct SampleRow {
+  uint64_t seed;
+  uint32_t sequence, step;
+};
+enum : int64_t { sample_nan = -1, sample_infinite = -2, sample_nothing = -3 };
+struct SampleResult {
+  int64_t token;         // or one of the above: what is wrong with the row
+  float logit, largest;  // of raw: the token's and the largest
+  int64_t total;         // weight of all of raw
+};
+struct SampleTop {
+  int32_t token;
+  float logit;
+};
+struct SampleParams {
+  const float* logits;  // [R, V], rows `stride` apart
+  const float* raw;     // likewise: what log-probabilities are taken of; null: of nothing
+  int64_t rows, vocabulary, stride, raw_stride;
+  float temperature;     // 0: the largest logit
+  int64_t top_k;         // 0: all
+  double top_p;          // 1: all
+  int64_t least_weight;  // of min-p; 0: any
+  const SampleRow* of;   // [R]
+  SampleResult* results;  // [R]
+  int64_t top;           // of raw's largest, so many are told of
+  SampleTop* best;       // [R, top], in rising order of their ids
   int threads;
 };
 
