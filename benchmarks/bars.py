@@ -2,7 +2,8 @@
 
     make bars                               all of them (about 30 minutes on 2 cores)
     python -m benchmarks.bars speed text    some groups only: kernels, loss, modules, training, generation,
-                                            speed, text, never_slower, install, tests, emulator, triton, cuda, cuda_build
+                                            speed, text, never_slower, install, tests, emulator, triton,
+                                            cuda, cuda_build
 
 Whatever is compared runs in turns in one process: absolute times of a shared machine mean little, these ratios repeat.
 

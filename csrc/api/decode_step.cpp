@@ -147,8 +147,8 @@ void check_step(const StepParams& p) {
   }
 }
 
-// (sequences, queries, ids, lengths, block_table, table_stride, page_size, pages, k, v, cache dtype,
-// prompt, every, logits, logits_stride, threads)
+// (sequences, queries, ids, lengths, block_table, table_stride, page_size, pages, k, v, cache
+// dtype, prompt, every, logits, logits_stride, threads)
 void step(const Model& model, const py::tuple& call) {
   Arguments from(call);
   StepParams p{};

@@ -166,7 +166,6 @@ class Decode {
     write_row<T>(p, b, head(hk, r), query(r), top, sum, acc);
   }
 
-
  public:
   Decode(const DecodeParams& params, int64_t first_query, int64_t count)
       : p(params), first(first_query), queries(count) {}

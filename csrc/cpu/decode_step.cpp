@@ -11,8 +11,8 @@
 // in float; keys and values are rounded to the cache's type. Each row's result is the same whatever
 // rows are beside it, and for every number of threads.
 //
-// With many tokens of a sequence (its prompt) the same code is bound by arithmetic, and attention is
-// left to the tiled kernel.
+// With many tokens of a sequence (its prompt) the same code is bound by arithmetic, and attention
+// is left to the tiled kernel.
 #include "cpu/activation.h"
 #include "cpu/attention_decode.h"
 #include "cpu/norm_row.h"
@@ -25,7 +25,7 @@ void attention(const AttentionParams& p);
 
 namespace {
 
-constexpr int64_t ROW_BLOCK = 48;       // rows of a task: they stay in the second-level cache
+constexpr int64_t ROW_BLOCK = 48;  // rows of a task: they stay in the second-level cache
 
 int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -221,7 +221,8 @@ class Step {
     const int64_t d = m.width;
     float mean[1] = {}, sum[1];
     if (norm.bias != nullptr) {
-      sum_along<1, float>(d, [&](const auto& at, int) PYFUSE_INLINE_BODY { return at(from); }, mean);
+      sum_along<1, float>(
+          d, [&](const auto& at, int) PYFUSE_INLINE_BODY { return at(from); }, mean);
       mean[0] /= static_cast<float>(d);
     }
     const float* const one[1] = {from};
@@ -265,15 +266,16 @@ class Step {
     }
   }
 
-  // finish(row, n, sums, sums of `second`) for vectors of outputs n of w (and second, where it has a
-  // matrix) times rows of what fill(row, room) gives, [0, count).
+  // finish(row, n, sums, sums of `second`) for vectors of outputs n of w (and second, where it has
+  // a matrix) times rows of what fill(row, room) gives, [0, count).
   template <class Fill, class Finish>
   void product(int64_t id, const StepMatrix& w, const StepMatrix& second, int64_t count,
                const Fill& fill, const Finish& finish) const {
     const int64_t k = padded(w.k), panels = padded(w.n) / PANEL;
     const int64_t blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
-    // What is left over when each thread had as many panels is cut into slices.
-    const int64_t whole = panels / p.threads * p.threads, slices = PANEL / SLICE;
+    // The last panels are cut into slices, so that the threads end at about the same time.
+    const int64_t rounds = panels / p.threads, slices = PANEL / SLICE;
+    const int64_t whole = rounds > 1 ? (rounds - 1) * p.threads : 0;
     const int64_t tasks = whole + (panels - whole) * slices;
     share(blocks * tasks, [&](int64_t i, int thread) {
       const Own mine = own(thread);
@@ -301,7 +303,8 @@ class Step {
       float* const to = x + row * width;
       const auto read = [&](const auto* table) {
         const auto* from = table + p.ids[row] * m.width;
-        const float* const place = m.places == nullptr ? nullptr : m.places + position(row) * m.width;
+        const float* const place =
+            m.places == nullptr ? nullptr : m.places + position(row) * m.width;
         const float scale = static_cast<float>(m.embedding_scale);
         for_vectors<float, 1>(m.width, [&](const auto& at, int) PYFUSE_INLINE_BODY {
           const vfloat y = at(from) * scale;
@@ -320,9 +323,8 @@ class Step {
       norm_row(layer.norm1, x + row * width, 1.f, room);
       return static_cast<const float*>(room);
     };
-    product(4 * i, layer.qkv, {}, rows, norm, [&](int64_t row, int64_t n, vfloat y, vfloat) {
-      store(qkv + row * qkv_width + n, y);
-    });
+    product(4 * i, layer.qkv, {}, rows, norm,
+            [&](int64_t row, int64_t n, vfloat y, vfloat) { store(qkv + row * qkv_width + n, y); });
     share(rows * m.heads_k,
           [&](int64_t task, int) { append(i, task / m.heads_k, task % m.heads_k); });
   }

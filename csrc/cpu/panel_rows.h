@@ -2,8 +2,8 @@
 //
 // A panel holds 64 outputs, [K/2][64][2] for bf16 and int8 (pairs along the summed dimension) and
 // [K][64] for float: one stream through memory, outputs along the lanes, so that no sum has to be
-// taken across a vector. Each output is one chain of additions per `SUM` terms, whatever the number
-// of rows: a row's result does not depend on the rows beside it.
+// taken across a vector. Each output is a sum of chains of at most MOST_TERMS additions, the same
+// for any number of rows: a row's result does not depend on the rows beside it.
 #pragma once
 #include "cpu/tile_product.h"
 
@@ -51,8 +51,8 @@ struct Panels<bf16> {
   static PYFUSE_INLINE void add(V (&acc)[R][N], const Row* rows, int64_t stride, const bf16* w) {
     PYFUSE_UNROLL for (int v = 0; v < N; ++v) {
       const __m512bh pairs = load_pairs(w + 2 * v * Vec<float>::width);
-      PYFUSE_UNROLL for (int r = 0; r < R; ++r) acc[r][v] = (vfloat)_mm512_dpbf16_ps(
-          (__m512)acc[r][v], broadcast_pair(rows + r * stride), pairs);
+      PYFUSE_UNROLL for (int r = 0; r < R; ++r) acc[r][v] =
+          (vfloat)_mm512_dpbf16_ps((__m512)acc[r][v], broadcast_pair(rows + r * stride), pairs);
     }
   }
 #else
@@ -213,9 +213,9 @@ void multiply_group(int64_t count, const typename Panels<S>::Row* rows, int64_t 
 }
 
 // sums [count][PANEL] of outputs [first, last) of a panel, multiples of SLICE. A part of the panel
-// that the first cache holds is used by all rows in turn, which ask for the part after it meanwhile:
-// what is computed takes about as long as what is read. `after`: bytes from here to the panel that
-// comes next.
+// that the first cache holds is used by all rows in turn, which ask for the part after it
+// meanwhile: what is computed takes about as long as what is read. `after`: bytes from here to the
+// panel that comes next.
 template <class S>
 void multiply_rows(const typename Panels<S>::Row* rows, int64_t stride, int64_t count,
                    const S* panel, int64_t length, int first, int last, int64_t after,

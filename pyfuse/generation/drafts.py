@@ -94,11 +94,11 @@ class Suffixes:
 
 
 class Lookup:
-    """Prompt look-up (Saxena, "Prompt lookup decoding", 2023): what came after an earlier place of the text's last tokens.
+    """Prompt look-up: what came after the text's last tokens where they stood before.
 
-    The longest match is followed, not one of a fixed number of tokens; it is looked for in the prompt, in the new text,
-    and in what an encoder was given. Texts that repeat their prompt gain by it: changes to a text or program, summaries,
-    answers with quotations. kind: by the number of matching tokens, 2 … 3, 4 … 7, 8 … 15, 16 and more.
+    Saxena, "Prompt lookup decoding", 2023; but the longest match is followed, not one of a fixed number of tokens. It is
+    looked for in the prompt, in the new text, and in what an encoder was given. Texts that repeat their prompt gain by
+    it: changes to a text or program, summaries, answers with quotations. kind: by the number of matching tokens, 2 … 3, 4 … 7, 8 … 15, 16 and more.
     """
 
     def __init__(self, sources: Sequence[Sequence[int]] | None = None) -> None:
@@ -131,7 +131,7 @@ class Lookup:
 
 
 class DraftModel:
-    """A smaller model with the same vocabulary, which takes its tokens as the row would: by its options, seed and steps.
+    """A smaller model with the same vocabulary, which takes tokens as the row would: by its options, seed and steps.
 
     Drawn from the same random number, both models' tokens are equal where their distributions are near each other.
     runner: its own. Rows that it has no room for have no drafts.

@@ -8,7 +8,7 @@ for piece in stream(model, "The sky is", tokenizer=tokenizer, temperature=0.7, t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,17 @@ from pyfuse.generation.sequence import Piece, Result, Row
 from pyfuse.generation.text import Tokenizer
 from pyfuse.models.transformer import Transformer
 
+if TYPE_CHECKING:
+    from pyfuse.generation.speculative import Speculate
+
 Callback = Callable[[Piece], None]
 
 
 def generate(
     model: Transformer | Runner, prompts: Prompts, *, tokenizer: Tokenizer | None = None,
     options: Options | None = None, decoder_start: int | Sequence[int] | None = None,
-    callback: Callback | None = None, **knobs: Any,
+    callback: Callback | None = None, speculate: Speculate | None = None, draft_tokens: int | None = None,
+    **knobs: Any,
 ) -> list[Result]:  # fmt: skip
     """What the model says after each prompt: n results for each, prompt by prompt.
 
@@ -42,17 +46,22 @@ def generate(
       options say others. The seed is the prompt's own: its text does not depend on which prompts are beside it, nor on
       the number of threads; sequence i of n is drawn by (seed, i).
     callback: called with every `Piece` as it comes. With beams there are none before the end: ValueError.
+    speculate: guess several tokens and have them checked in one call (`pyfuse.generation.speculative`): "prompt" takes
+      them from what prompt and text have said before, a smaller Transformer with the same vocabulary, or its Runner,
+      says them itself. The texts are the same; `Result.speculation` tells how many guesses were right. How many tokens
+      are guessed at a time follows from that, draft_tokens at most, 15 by default. Not with beams: ValueError.
 
     ValueError: a prompt without tokens, with an unknown one, or as long as the model's context; contradictions in
     options; logits that are NaN. CacheFull: the runner has no room.
     """
     request = make_request(model, prompts, tokenizer, options, decoder_start, knobs)
+    loop = _loop(request, speculate, draft_tokens, callback is not None)
     if request.options.searches:
         if callback is not None:
             raise ValueError("callback: beam search has no tokens before its end (needs beams=1)")
         return search(request)
     rows: list[Row] = []
-    with Loop(request, streams=callback is not None) as loop:
+    with loop:
         while loop.busy:
             for row, token in loop.step():
                 if callback is not None:
@@ -65,7 +74,8 @@ def generate(
 
 def stream(
     model: Transformer | Runner, prompts: Prompts, *, tokenizer: Tokenizer | None = None,
-    options: Options | None = None, decoder_start: int | Sequence[int] | None = None, **knobs: Any,
+    options: Options | None = None, decoder_start: int | Sequence[int] | None = None,
+    speculate: Speculate | None = None, draft_tokens: int | None = None, **knobs: Any,
 ) -> Generator[Piece, None, None]:  # fmt: skip
     """The pieces of `generate`'s results as they come, those of several sequences by turns. Arguments, errors: there.
 
@@ -75,14 +85,26 @@ def stream(
     request = make_request(model, prompts, tokenizer, options, decoder_start, knobs)
     if request.options.searches:
         raise ValueError("beams: beam search has no tokens before its end, so nothing to stream")
-    return _pieces(request)
+    return _pieces(_loop(request, speculate, draft_tokens, True))
 
 
-def _pieces(request: Request) -> Generator[Piece, None, None]:
-    with Loop(request, streams=True) as loop:
+def _pieces(loop: Loop) -> Generator[Piece, None, None]:
+    with loop:
         while loop.busy:
             for row, token in loop.step():
                 yield loop.piece(row, token)
+
+
+def _loop(
+    request: Request, speculate: Speculate | None, draft_tokens: int | None, streams: bool
+) -> Loop:
+    from pyfuse.generation.speculative import speculative_loop  # whose loop is made of this one
+
+    if speculate is not None:
+        return speculative_loop(request, speculate, draft_tokens, streams=streams)
+    if draft_tokens is not None:
+        raise ValueError(f"draft_tokens: got {draft_tokens}, but without speculate there are none")
+    return Loop(request, streams=streams)
 
 
 class Loop:
@@ -112,7 +134,10 @@ class Loop:
     @torch.inference_mode()
     def step(self) -> list[tuple[Row, int | None]]:
         """Every row's next token, which it has accepted; None for a stop token. Rows that ended with it have left."""
-        fresh = self._join() if self.request.waiting else []
+        return self._advance(self._join() if self.request.waiting else [])
+
+    def _advance(self, fresh: list[Row]) -> list[tuple[Row, int | None]]:
+        """A step in which these rows have joined."""
         work = [(row.slot, row.tokens[row.slot.length :]) for row in self.rows]
         logits = self.runner.forward(work).float()
         if fresh:

@@ -8,14 +8,13 @@ each is accepted with probability a, given that those before it were, then a dra
 and k is chosen for the largest tokens(k) / time(k) (Leviathan et al., arXiv:2211.17192, theorem 3.8). a is an
 exponential average of what became of drafts of that kind, c the median of what recent calls have taken (`Costs`). The
 longer drafts have been right the longer the next ones are, up to the most that is allowed; where they are wrong they
-become shorter. Where even one token promises nothing there are none for some steps, then one for a trial, after more and
-more steps the oftener it fails. What all drafts of a row have lost is never more than ALLOWANCE steps and a SHARE of all.
+become shorter. Where even one token promises nothing there are none for some steps, then one for a trial, after more
+steps each time that fails. What the drafts of a row have lost is never more than ALLOWANCE steps and a SHARE of all.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from statistics import median
 
 MOST = 15  # tokens of a draft: with the last of the text they are a call of 16, which stays exact (`rows.FEW`)
@@ -100,7 +99,7 @@ class Costs:
             usual = median(plain)
             self._of(rows).append(max(0.0, seconds / usual - 1) * rows / drafted)
 
-    def _of(self, rows: int) -> Sequence[float] | deque[float]:
+    def _of(self, rows: int) -> deque[float]:
         if rows not in self._more:
             first = self._first * rows / (1 + self._first * (rows - 1))
             self._more[rows] = deque([first] * (_SEEN // 3), maxlen=_SEEN)

@@ -155,9 +155,7 @@ class Model {
 
  private:
   static const float* floats(const Array& a) { return static_cast<const float*>(a.data()); }
-  StepNorm norm(const Array& a) const {
-    return {floats(a), c.rms ? nullptr : floats(a) + c.width};
-  }
+  StepNorm norm(const Array& a) const { return {floats(a), c.rms ? nullptr : floats(a) + c.width}; }
 
   std::vector<double> normed(const Array& parameters, const std::vector<double>& x) const {
     double mean = 0, squares = 0;
@@ -233,17 +231,17 @@ class Model {
 };
 
 // The logits of both texts, by calls of so many tokens of each; negative: a prompt.
-Array run(const Model& model, const std::vector<std::vector<int64_t>>& texts,
-          const std::vector<int64_t>& parts, int threads) {
+void run(const Model& model, const std::vector<std::vector<int64_t>>& texts,
+         const std::vector<int64_t>& parts, int threads, Array& all) {
   const Case& c = model.c;
   const int32_t table[SEQUENCES][5] = {{3, 9, 0, 7, 5}, {10, 1, 8, 2, 6}};
   Array k(c.dtype, LAYERS * PAGES * c.heads_k * PAGE * c.d), v(c.dtype, k.count);
-  Array all(DType::f32, SEQUENCES * LONGEST * c.vocabulary);
   int64_t at = 0;
   for (const int64_t part : parts) {
     const int64_t count = std::abs(part);
     std::vector<int64_t> ids;
-    for (const auto& text : texts) ids.insert(ids.end(), &text[size_t(at)], &text[size_t(at)] + count);
+    for (const auto& text : texts)
+      ids.insert(ids.end(), &text[size_t(at)], &text[size_t(at)] + count);
     const std::vector<int64_t> lengths(SEQUENCES, at + count);
     Array y(DType::f32, SEQUENCES * count * c.vocabulary);
     StepParams p{};
@@ -260,7 +258,6 @@ Array run(const Model& model, const std::vector<std::vector<int64_t>>& texts,
         all.set((b * LONGEST + at) * c.vocabulary + i, y.get(b * count * c.vocabulary + i));
     at += count;
   }
-  return all;
 }
 
 void check_case(const Case& c) {
@@ -270,8 +267,12 @@ void check_case(const Case& c) {
     for (int64_t t = 0; t < LONGEST; ++t)
       text.push_back(static_cast<int64_t>((random_unit() + 1) / 2 * double(c.vocabulary)));
   // Rounding of keys, values and rows (to 16 bits beside int8), over a few layers.
-  const double relative = c.dtype == DType::bf16 ? 0.03 : c.weights == StepWeights::int8 ? 1e-3 : 2e-5;
-  const Array first = run(model, texts, {-7, 1, 1, 3, -8}, 2);
+  const double relative = c.dtype == DType::bf16           ? 0.03
+                          : c.weights == StepWeights::int8 ? 1e-3
+                                                           : 2e-5;
+  const int64_t count = SEQUENCES * LONGEST * c.vocabulary;
+  Array first(DType::f32, count), other(DType::f32, count);
+  run(model, texts, {-7, 1, 1, 3, -8}, 2, first);
   for (int64_t b = 0; b < SEQUENCES; ++b) {
     const auto exact = model.logits(texts[size_t(b)]);
     double largest = 0;
@@ -281,13 +282,17 @@ void check_case(const Case& c) {
       for (int64_t i = 0; i < c.vocabulary; ++i) {
         const double y = first.get((b * LONGEST + t) * c.vocabulary + i);
         const double needs = exact[size_t(t)][size_t(i)];
-        CHECK(close(y, needs, relative * largest), "sequence %d, token %d, logit %d: %.9g, needs %.9g",
-              int(b), int(t), int(i), y, needs);
+        CHECK(close(y, needs, relative * largest),
+              "sequence %d, token %d, logit %d: %.9g, needs %.9g", int(b), int(t), int(i), y,
+              needs);
       }
   }
-  for (const int threads : {1, 3})
-    CHECK(same_bytes(first, run(model, texts, {-7, 1, 1, 3, -8}, threads)), "%d threads", threads);
-  CHECK(same_bytes(first, run(model, texts, {-4, -3, 4, 1, -3, -5}, 2)), "other parts");
+  for (const int threads : {1, 3}) {
+    run(model, texts, {-7, 1, 1, 3, -8}, threads, other);
+    CHECK(same_bytes(first, other), "%d threads", threads);
+  }
+  run(model, texts, {-4, -3, 4, 1, -3, -5}, 2, other);
+  CHECK(same_bytes(first, other), "other parts");
 }
 
 TEST(a_step_is_that_of_double) {

@@ -208,12 +208,12 @@ struct StepModel {
   const StepLayer* layers;
   int64_t layer_count, width, heads_q, heads_k, d, hidden, vocabulary;
   StepWeights weights;
-  DType dtype;           // of the token table, f32 or bf16
-  const void* tokens;    // [V, W]
-  const float* places;   // [P, W]: learned or sinusoidal positions; null: none
-  const float *cos, *sin;  // [P, R/2] of RoPE, in halves; null: none
+  DType dtype;                 // of the token table, f32 or bf16
+  const void* tokens;          // [V, W]
+  const float* places;         // [P, W]: learned or sinusoidal positions; null: none
+  const float *cos, *sin;      // [P, R/2] of RoPE, in halves; null: none
   int64_t positions, rotated;  // P, R
-  StepNorm norm;         // after the last layer
+  StepNorm norm;               // after the last layer
   StepMatrix head;
   double embedding_scale, head_scale, eps, scale;
   Activation activation;
@@ -285,14 +285,14 @@ struct SampleParams {
   const float* logits;  // [R, V], rows `stride` apart
   const float* raw;     // likewise: what log-probabilities are taken of; null: of nothing
   int64_t rows, vocabulary, stride, raw_stride;
-  float temperature;     // 0: the largest logit
-  int64_t top_k;         // 0: all
-  double top_p;          // 1: all
-  int64_t least_weight;  // of min-p; 0: any
-  const SampleRow* of;   // [R]
+  float temperature;      // 0: the largest logit
+  int64_t top_k;          // 0: all
+  double top_p;           // 1: all
+  int64_t least_weight;   // of min-p; 0: any
+  const SampleRow* of;    // [R]
   SampleResult* results;  // [R]
-  int64_t top;           // of raw's largest, so many are told of
-  SampleTop* best;       // [R, top], in rising order of their ids
+  int64_t top;            // of raw's largest, so many are told of
+  SampleTop* best;        // [R, top], in rising order of their ids
   int threads;
 };
 
