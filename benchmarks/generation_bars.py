@@ -7,7 +7,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -186,9 +186,9 @@ def _speculation(model: Transformer) -> Iterator[Bar]:
 def _look_up(model: Transformer, what: str, text: str, target: float) -> Bar:
     prompt = Tokenizer.of(str(zoo.path("smollm2"))).encode(text)
     runner = Runner(model, max_tokens=len(prompt) + 129)
-    texts: dict[str | None, list[int]] = {}
+    texts: dict[Literal["prompt"] | None, list[int]] = {}
 
-    def seconds(how: str | None) -> Callable[[], float]:
+    def seconds(how: Literal["prompt"] | None) -> Callable[[], float]:
         def run() -> float:
             start = time.perf_counter()
             (result,) = generate(

@@ -1,10 +1,11 @@
 """Many requests from many threads to one engine, some of them cancelled: nothing lost, doubled, mixed up or kept.
 
-    python tests/engine_stress.py [rounds]
+    python tests/engine_stress.py [rounds]       # 0: a race that has to be found
 
-runs it over and over, for a thread sanitizer:  c++ and link flags -fsanitize=thread for pyfuse._C, then
+runs it over and over, for a pyfuse._C that was compiled with -fsanitize=thread, under
 LD_PRELOAD=libtsan.so.2 TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66". libgomp knows nothing of the
-sanitizer, so torch has one thread here; the threads that meet are the engine's and those of its users.
+sanitizer, so torch has one thread here; the threads that meet are the engine's and those of its users, who run the same
+model themselves.
 """
 
 from __future__ import annotations
@@ -124,21 +125,23 @@ def storm(seed: int, name: str = "llama") -> dict[str, int]:
     model = mini(name)
     beginnings = [[draw.randrange(3, V) for _ in range(16)] for _ in range(3)]
     cases = [case(draw, beginnings) for _ in range(REQUESTS)]
-    alone = Runner(model, sequences=4, **SIZES)
-    expected = [generate(alone, [c.prompt], tokenizer=LETTERS, **c.knobs) for c in cases]
+    expected: list[list[Result]] = [[] for _ in cases]
     runner = Runner(model, sequences=4, **SIZES)
     found: list[Any] = [None] * len(cases)
     with GenerationEngine(runner, tokenizer=LETTERS, max_sequences=6, max_waiting=8) as engine:
 
         def use(thread: int) -> None:
             mine = range(thread, len(cases), THREADS)
+            alone = Runner(model, sequences=4, **SIZES)  # of the same weights, at the same time
             for at in range(0, len(mine), 4):  # four at a time, so that requests wait
                 some = mine[at : at + 4]
                 streams = [
                     engine.submit(cases[i].prompt, priority=i % 2, **cases[i].knobs) for i in some
                 ]
                 for i, stream in zip(some, streams, strict=True):
+                    one = cases[i]
                     try:
+                        expected[i] = generate(alone, [one.prompt], tokenizer=LETTERS, **one.knobs)
                         found[i] = read(stream, cases[i], 1e-3)
                     except BaseException as error:  # is told below, by the test's own thread
                         found[i] = error
@@ -162,8 +165,28 @@ def storm(seed: int, name: str = "llama") -> dict[str, int]:
     return reasons
 
 
+def race() -> None:
+    """Two threads append to the same place of one cache: without a report of it the sanitizer is not at work."""
+    runner = Runner(mini("llama"), **SIZES)
+    slot = runner.begin([5, 6, 7])
+    runner.forward([(slot, [5, 6, 7])])
+
+    def append() -> None:
+        for _ in range(300):
+            runner.step.forward_rows([3], [slot], [1], False)
+
+    threads = [threading.Thread(target=append) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for seed in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    if rounds == 0:
+        race()
+    for seed in range(rounds):
         for name in ("llama", "gpt2"):
             print(seed, name, storm(seed, name), flush=True)

@@ -1,4 +1,4 @@
-"""The compiled step (csrc/cpu/decode_step.cpp) by itself: accuracy, bits and refusals. See test_generation_runner.py."""
+"""The compiled step (csrc/cpu/decode_step.cpp) alone: accuracy, bits, refusals. See test_generation_runner.py too."""
 
 from __future__ import annotations
 

@@ -109,13 +109,14 @@ class Batch:
         left = self.runner.chunk
         for job in [job for job in self.jobs if job.reading]:
             if not job.rows:
-                if parts and len(job.source) > left:
+                if (
+                    parts and len(job.source) >= left
+                ):  # late, when more of it may be known by others
                     break
                 left -= len(job.source)
                 if not self._start(job):
                     continue
             row = job.rows[0]
-            self.runner.cache.extend(row.slot, row.tokens[row.slot.length :])  # others may know it
             part = row.tokens[row.slot.length :][: self.runner.chunk]
             if parts and len(part) > left:
                 break

@@ -96,9 +96,11 @@ class Suffixes:
 class Lookup:
     """Prompt look-up: what came after the text's last tokens where they stood before.
 
-    Saxena, "Prompt lookup decoding", 2023; but the longest match is followed, not one of a fixed number of tokens. It is
+    Saxena, "Prompt lookup decoding", 2023; but the longest match is followed, not one of a fixed length. It is
     looked for in the prompt, in the new text, and in what an encoder was given. Texts that repeat their prompt gain by
-    it: changes to a text or program, summaries, answers with quotations. kind: by the number of matching tokens, 2 … 3, 4 … 7, 8 … 15, 16 and more.
+    it: changes to a text or program, summaries, answers with quotations.
+
+    kind: by the number of matching tokens, 2 … 3, 4 … 7, 8 … 15, 16 and more.
     """
 
     def __init__(self, sources: Sequence[Sequence[int]] | None = None) -> None:
@@ -146,7 +148,11 @@ class DraftModel:
         """See Drafter."""
         if len(row.tokens) >= self._runner.max_tokens:
             return None
-        return 0 if row in self._slots or len(self._slots) < self._runner.sequences else None
+        if row not in self._slots:
+            if len(self._slots) >= self._runner.sequences:
+                return None
+            self._slots[row], self._sure[row] = self._runner.begin(row.tokens), 0
+        return 0
 
     def draft(self, lengths: Mapping[Row, int]) -> dict[Row, list[int]]:
         """See Drafter. A draft ends before a stop token."""
@@ -178,8 +184,6 @@ class DraftModel:
 
     def _caught_up(self, row: Row) -> Slot:
         """What it has of the row's tokens, without the last one, and without drafts that were wrong."""
-        if row not in self._slots:
-            self._slots[row], self._sure[row] = self._runner.begin(row.tokens), 0
         slot = self._slots[row]
         right, known = self._sure[row], min(slot.length, len(row.tokens) - 1)
         while right < known and slot.tokens[right] == row.tokens[right]:
