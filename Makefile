@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CPP := $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h' 'tests/*.cu' 'tests/*.cuh' 'benchmarks/*.cpp' 2>/dev/null)
 PY := pyfuse kernels tests benchmarks examples setup.py
 
-.PHONY: help demo models test test-gpu test-triton-newest test-cpp test-san test-arm lint format bars bench bench-gpu clean
+.PHONY: help demo models test test-gpu test-triton-newest test-cpp test-san test-tsan test-arm lint format bars bench bench-gpu clean
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
@@ -64,6 +64,20 @@ test-cpp: ## the C++ tests of the kernels, every instruction set of this machine
 SANITIZE := -O1 -g1 -fexpensive-optimizations -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 test-san: ## the same under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call run_cpp_tests,san,-DCMAKE_BUILD_TYPE=Debug -DPYFUSE_ISAS='$(ISAS)' -DCMAKE_CXX_FLAGS_DEBUG="$(SANITIZE)")
+
+# Only pyfuse._C knows of the sanitizer, so each process has one thread of OpenMP. First a race that has to be found.
+TSAN_RUN = LD_PRELOAD=$$($(CXX) -print-file-name=libtsan.so) OMP_NUM_THREADS=1 PYTHONPATH=build/tsan/site:tests \
+  TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66" $(BIN)/python tests/engine_stress.py
+test-tsan: export PATH := $(CURDIR)/$(BIN):$(PATH)
+test-tsan: $(BIN)/pyfuse ## many requests from many threads to one engine, under ThreadSanitizer
+	cmake -S . -B build/tsan -DCMAKE_BUILD_TYPE=Debug -DPYFUSE_CUDA=off -DPYFUSE_ISAS='$(ISAS)' \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" \
+	  -DCMAKE_CXX_FLAGS_DEBUG="-O1 -g1 -fsanitize=thread -fno-omit-frame-pointer" >/dev/null
+	env -u MAKELEVEL -u MAKEFLAGS cmake --build build/tsan --target _C --parallel $$(getconf _NPROCESSORS_ONLN)
+	rm -rf build/tsan/site && mkdir -p build/tsan/site && cp -r pyfuse build/tsan/site/
+	cp kernels/*.py build/tsan/site/pyfuse/kernels/ && cp build/tsan/_C*.so build/tsan/site/pyfuse/
+	$(TSAN_RUN) 0 >/dev/null 2>&1; test $$? -eq 66 || { echo "test-tsan: a race was not found" >&2; exit 1; }
+	$(TSAN_RUN) 6
 
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_LIBRARIES ?= /usr/aarch64-linux-gnu

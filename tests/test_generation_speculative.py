@@ -196,9 +196,11 @@ def test_the_model_itself_is_always_right(way: str, eager: None) -> None:
 def test_without_a_measure_too() -> None:
     """As it is used."""
     model = small("gpt2")
-    for knobs in ({}, {"temperature": 0.8, "n": 2}):
+    ways: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "n": 2})
+    for knobs in ways:
         expected = generate(model, prompts(9, 1, 4, 33), max_new_tokens=30, **knobs)
-        for speculate in ("prompt", small("gpt2", seed=1)):
+        drafts: tuple[Any, ...] = ("prompt", small("gpt2", seed=1))
+        for speculate in drafts:
             results = generate(
                 model, prompts(9, 1, 4, 33), max_new_tokens=30, speculate=speculate, **knobs
             )
@@ -451,7 +453,7 @@ def test_other_bad_requests() -> None:
     runner = Runner(model)
     with pytest.raises(ValueError, match="speculate: got the model's own runner"):
         generate(runner, [[3]], speculate=runner)
-    with pytest.raises(ValueError, match="speculate: .* window"):
+    with pytest.raises(ValueError, match=r"speculate: .* window"):
         generate(small("llama"), [[3]], speculate=small("mistral"))
     with pytest.raises(TypeError, match="draft_tokens: got True"):
         generate(model, [[3]], speculate="prompt", draft_tokens=True)
@@ -462,6 +464,11 @@ def test_other_bad_requests() -> None:
 
 def test_drafts_are_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(Pace, "length", lambda self, kind, cost, most: asked.append(most) or most)
+
+    def length(self: Pace, kind: int, cost: float, most: int) -> int:
+        asked.append(most)
+        return most
+
+    monkeypatch.setattr(Pace, "length", length)
     generate(small("gpt2"), prompts(9), speculate=small("llama"), draft_tokens=3, max_new_tokens=20)
     assert max(asked) == 3

@@ -273,16 +273,18 @@ class Step {
                const Fill& fill, const Finish& finish) const {
     const int64_t k = padded(w.k), panels = padded(w.n) / PANEL;
     const int64_t blocks = (count + ROW_BLOCK - 1) / ROW_BLOCK;
-    // The last panels are cut into slices, so that the threads end at about the same time.
-    const int64_t rounds = panels / p.threads, slices = PANEL / SLICE;
-    const int64_t whole = rounds > 1 ? (rounds - 1) * p.threads : 0;
+    // The last panels are cut into slices, so that the threads end at about the same time: with one
+    // row, which memory bounds, as few and as wide as can be.
+    const int64_t rounds = panels / p.threads, slice = count == 1 ? 2 * SLICE : SLICE;
+    const int64_t whole = (count == 1 ? rounds : rounds > 1 ? rounds - 1 : 0) * p.threads;
+    const int64_t slices = PANEL / slice;
     const int64_t tasks = whole + (panels - whole) * slices;
     share(blocks * tasks, [&](int64_t i, int thread) {
       const Own mine = own(thread);
       const int64_t b = i / tasks, task = i % tasks, left = task - whole;
       const int64_t panel = left < 0 ? task : whole + left / slices;
-      const int first = left < 0 ? 0 : static_cast<int>(left % slices) * SLICE;
-      const int last = left < 0 ? PANEL : first + SLICE;
+      const int first = left < 0 ? 0 : static_cast<int>(left % slices * slice);
+      const int last = left < 0 ? PANEL : first + static_cast<int>(slice);
       const int64_t begin = b * ROW_BLOCK, most = count - begin;
       const int64_t some = most < ROW_BLOCK ? most : ROW_BLOCK;
       prepare(mine, (id << 32) + b + 1, k, begin, some, fill);

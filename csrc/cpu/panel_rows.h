@@ -179,14 +179,19 @@ template <class S, int R>
 void multiply_slice(const typename Panels<S>::Row* rows, int64_t stride, const S* panel,
                     int64_t length, int first, int last, Ahead ahead, bool add, float* sums) {
   constexpr int W = Vec<float>::width, N = panel_vectors<R>, unit = Panels<S>::unit;
-  constexpr int SMALL = N * W <= SLICE ? N : SLICE / W;
-  constexpr int LINES = R == 1 ? PANEL * unit * static_cast<int>(sizeof(S)) / 64 : 1;
+  constexpr int LEAST = R == 1 ? 2 * SLICE : SLICE, SMALL = N * W <= LEAST ? N : LEAST / W;
+  // With one row memory is what counts: every line of a pass is asked for.
+  constexpr int LINE = W * unit * sizeof(S) >= 64 ? 1 : 64 / static_cast<int>(W * unit * sizeof(S));
+  constexpr int LINES = R == 1 ? (N + LINE - 1) / LINE : 1;
+  constexpr int SMALL_LINES = R == 1 ? (SMALL + LINE - 1) / LINE : 1;
   int j = first;
   for (; j + N * W <= last; j += N * W, ahead.next += length / unit * ahead.bytes) {
     multiply_columns<S, R, N, LINES>(rows, stride, panel + j * unit, length, ahead, add, sums + j);
   }
-  for (; j < last; j += SMALL * W, ahead.next += length / unit * ahead.bytes)
-    multiply_columns<S, R, SMALL, 1>(rows, stride, panel + j * unit, length, ahead, add, sums + j);
+  for (; j < last; j += SMALL * W, ahead.next += length / unit * ahead.bytes) {
+    multiply_columns<S, R, SMALL, SMALL_LINES>(rows, stride, panel + j * unit, length, ahead, add,
+                                               sums + j);
+  }
 }
 
 template <class S>
@@ -212,10 +217,10 @@ void multiply_group(int64_t count, const typename Panels<S>::Row* rows, int64_t 
   }
 }
 
-// sums [count][PANEL] of outputs [first, last) of a panel, multiples of SLICE. A part of the panel
-// that the first cache holds is used by all rows in turn, which ask for the part after it
-// meanwhile: what is computed takes about as long as what is read. `after`: bytes from here to the
-// panel that comes next.
+// sums [count][PANEL] of outputs [first, last) of a panel, multiples of SLICE (of two of them with
+// one row). A part of the panel that the first cache holds is used by all rows in turn, which ask
+// for the part after it meanwhile: what is computed takes about as long as what is read. `after`:
+// bytes from here to the panel that comes next.
 template <class S>
 void multiply_rows(const typename Panels<S>::Row* rows, int64_t stride, int64_t count,
                    const S* panel, int64_t length, int first, int last, int64_t after,
@@ -232,7 +237,8 @@ void multiply_rows(const typename Panels<S>::Row* rows, int64_t stride, int64_t 
     const char* next = reinterpret_cast<const char*>(part + terms * PANEL);
     if (k + terms == length) next += after - length / unit * unit_bytes;
     Ahead ahead = {next, unit_bytes / (4 * groups)};
-    if (count == 1) ahead = {reinterpret_cast<const char*>(part) + DISTANCE, unit_bytes};
+    const char* const own = reinterpret_cast<const char*>(part + first * unit);
+    if (count == 1) ahead = {own + DISTANCE, unit_bytes};
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t r = count * g / groups, some = count * (g + 1) / groups - r;
       multiply_group<S>(some, rows + r * stride + k, stride, part, terms, first, last, ahead, k > 0,
