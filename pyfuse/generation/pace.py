@@ -21,9 +21,9 @@ MOST = 15  # tokens of a draft: with the last of the text they are a call of 16,
 LEAST_GAIN = 0.03  # beyond 1, of tokens / time
 ALLOWANCE, SHARE = 1.5, 0.02
 LONGEST_PAUSE = 64  # steps between trials
-_MEMORY = 1 / 8  # weight of the latest token in the average
+_MEMORY = 1 / 12  # weight of the latest token in the average
 # Of each kind (drafts.Lookup: matches of 2, 4, 8, 16 and more tokens; kind 0: a draft model), before anything is known.
-_FIRST = (0.7, 0.35, 0.6, 0.8, 0.9)
+_FIRST = (0.7, 0.45, 0.7, 0.85, 0.92)
 _CREDIT = 8.0  # steps that earlier gains can stand for
 
 FIRST_COST = 0.15  # of one row: of its 16-bit weights a CPU reads most of the time
