@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +55,8 @@ def _padded(n: int) -> int:
 
 def _memory(size: int) -> Tensor:
     """Bytes, in large pages where the system has them: numpy asks for these, torch does not."""
+    import numpy as np  # not before it is needed: `pyfuse doctor` runs without
+
     room = torch.from_numpy(np.empty(size + PANEL, np.uint8))
     return room[-room.data_ptr() % PANEL :][:size]  # vectors do not cross cache lines
 
