@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from model_cases import minis
 from torch import Tensor
 
-from pyfuse.models.transformer import Transformer
+from pyfuse.models.transformer import Config, Transformer
 
 V, CONTEXT = 97, 64
+SMALL = 11  # tokens of a vocabulary in which texts often repeat themselves
 
 
 @pytest.fixture(autouse=True)
@@ -31,11 +33,16 @@ def mini(name: str, vocabulary: int = V, seed: int = 0) -> Transformer:
     config = minis(
         vocabulary=vocabulary, width=32, layers=2, heads=4, hidden=48, max_positions=CONTEXT
     )
+    return large(config[name], 0.25, seed)
+
+
+def large(config: Config, spread: float = 0.2, seed: int = 1) -> Transformer:
+    """A model whose parameters are so large that every part matters."""
     torch.manual_seed(seed)
-    model = Transformer(config[name]).eval()
+    model = Transformer(config).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.25)
+            p.add_(torch.randn_like(p) * spread)
     return model
 
 
@@ -43,6 +50,20 @@ def prompts_of(*lengths: int, seed: int = 0, vocabulary: int = V) -> list[list[i
     """Random ones; no two begin alike."""
     draw = random.Random(seed)
     return [[draw.randrange(3, vocabulary) for _ in range(n)] for n in lengths]
+
+
+def repeating(name: str, seed: int = 0) -> Transformer:
+    """Of SMALL tokens; mistral: llama with a window."""
+    if name != "mistral":
+        return mini(name, vocabulary=SMALL, seed=seed)
+    model = mini("llama", vocabulary=SMALL, seed=seed)
+    other = Transformer(replace(model.config, window=7)).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def repeating_prompts(*lengths: int) -> list[list[int]]:
+    return prompts_of(*lengths, vocabulary=SMALL)
 
 
 class Recomputed:

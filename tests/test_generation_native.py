@@ -9,6 +9,7 @@ import numerics
 import pytest
 import torch
 from conftest import Target, at_threads
+from generation_cases import large
 from hf_cases import small_models
 from torch import Tensor
 
@@ -44,12 +45,7 @@ PARTS = [(40, True), (1, False), (3, False), (26, True)]  # tokens, and whether 
 
 
 def made(name: str, dtype: torch.dtype) -> Transformer:
-    torch.manual_seed(1)
-    model = Transformer(CONFIGS[name]).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.15)
-    return model.to(dtype)
+    return large(CONFIGS[name], 0.15).to(dtype)
 
 
 class Cache:

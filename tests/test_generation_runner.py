@@ -10,6 +10,7 @@ import numerics
 import pytest
 import torch
 from conftest import at_threads
+from generation_cases import large
 from hf_cases import build, small_models, tokens
 from torch import Tensor
 
@@ -53,13 +54,7 @@ TEXT = [int(i) for i in torch.randint(31, (LENGTH,), generator=torch.Generator()
 
 
 def made(name: str, dtype: torch.dtype = torch.float32) -> Transformer:
-    """A model whose parameters are large enough that every part matters."""
-    torch.manual_seed(1)
-    model = Transformer(CONFIGS[name]).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return model.to(dtype)
+    return large(CONFIGS[name]).to(dtype)
 
 
 @pytest.fixture(autouse=True, params=[None, False], ids=["chosen", "modules"])

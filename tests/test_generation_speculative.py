@@ -5,27 +5,27 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from generation_cases import (  # noqa: F401 (one_thread is a fixture)
     CONTEXT,
+    SMALL,
     V,
     mini,
     one_thread,
     prompts_of,
+    repeating,
+    repeating_prompts,
 )
 
 from pyfuse.generation import Result, generate, speculative, stream
-from pyfuse.generation.drafts import DraftModel, Lookup, Suffixes
-from pyfuse.generation.pace import ALLOWANCE, MOST, SHARE, Costs, Pace, best_length
+from pyfuse.generation.pace import Pace
 from pyfuse.generation.runner import Runner
 from pyfuse.generation.sequence import Row, Speculation
 from pyfuse.models.transformer import Transformer
 
-SMALL = 11  # tokens of a vocabulary in which texts often repeat themselves
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"temperature": 0.7, "top_p": 0.9, "seed": (5, 6, 7, 8)},
@@ -74,20 +74,6 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pace, "length", lambda self, kind, cost, most: draw.randint(1, most))
 
 
-def small(name: str, seed: int = 0) -> Transformer:
-    """mistral: llama with a window."""
-    if name != "mistral":
-        return mini(name, vocabulary=SMALL, seed=seed)
-    model = mini("llama", vocabulary=SMALL, seed=seed)
-    other = Transformer(replace(model.config, window=7)).eval()
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    return prompts_of(*lengths, vocabulary=SMALL)
-
-
 def start_of(model: Transformer) -> dict[str, Any]:
     return {"decoder_start": (1, 7)} if model.config.encoder_layers else {}
 
@@ -132,9 +118,9 @@ def check_guesses(
 def test_any_drafts_give_the_same_text(
     name: str, way: str, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = small(name)
+    model = repeating(name)
     knobs = {"max_new_tokens": 25, **WAYS[way], **start_of(model)}
-    check_guesses(model, prompts(9, 1, 4, 33), monkeypatch, **knobs)
+    check_guesses(model, repeating_prompts(9, 1, 4, 33), monkeypatch, **knobs)
 
 
 @pytest.mark.parametrize("cache", ["model", "int8"])
@@ -143,7 +129,7 @@ def test_any_drafts_give_the_same_text(
 def test_the_same_in_every_kind_of_runner(
     name: str, dtype: torch.dtype, cache: str, eager: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, given = small(name).to(dtype), prompts(9, 1, 4, 33)
+    model, given = repeating(name).to(dtype), repeating_prompts(9, 1, 4, 33)
     for kernel in (None, False):
         runner = Runner(model, sequences=3, page_size=4, cache=cache, kernel=kernel)
         check_guesses(runner, given, monkeypatch, max_new_tokens=20, temperature=1.0, n=2)
@@ -151,32 +137,34 @@ def test_the_same_in_every_kind_of_runner(
 
 
 def test_the_same_on_any_number_of_threads(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, found = small("llama"), []
+    model, found = repeating("llama"), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         found.append(
-            check_guesses(model, prompts(5, 2), monkeypatch, max_new_tokens=20, logprobs=1)
+            check_guesses(
+                model, repeating_prompts(5, 2), monkeypatch, max_new_tokens=20, logprobs=1
+            )
         )
     assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
 def test_look_up_gives_the_same_text(name: str, way: str, eager: None) -> None:
-    model = small(name)
+    model = repeating(name)
     knobs = {"max_new_tokens": 25, **WAYS[way], **start_of(model)}
-    expected = generate(model, prompts(9, 1, 4, 33), **knobs)
-    results = generate(model, prompts(9, 1, 4, 33), speculate="prompt", **knobs)
+    expected = generate(model, repeating_prompts(9, 1, 4, 33), **knobs)
+    results = generate(model, repeating_prompts(9, 1, 4, 33), speculate="prompt", **knobs)
     assert results == expected
     assert sum(one.proposed for one in told(results)) > 0
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_draft_model_gives_the_same_text(way: str, eager: None) -> None:
-    model, draft = small("llama"), small("gpt2", seed=1)
+    model, draft = repeating("llama"), repeating("gpt2", seed=1)
     knobs = {"max_new_tokens": 25, **WAYS[way]}
-    expected = generate(model, prompts(9, 1, 4, 33), **knobs)
+    expected = generate(model, repeating_prompts(9, 1, 4, 33), **knobs)
     for given in (draft, Runner(draft, max_tokens=30, sequences=2, page_size=4)):
-        results = generate(model, prompts(9, 1, 4, 33), speculate=given, **knobs)
+        results = generate(model, repeating_prompts(9, 1, 4, 33), speculate=given, **knobs)
         assert results == expected
         assert sum(one.proposed for one in told(results)) > 0
         if isinstance(given, Runner):
@@ -186,54 +174,58 @@ def test_a_draft_model_gives_the_same_text(way: str, eager: None) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_model_itself_is_always_right(way: str, eager: None) -> None:
     """By the same options, seeds and steps."""
-    model, knobs = small("llama"), {"max_new_tokens": 25, **WAYS[way]}
-    results = generate(model, prompts(9, 1, 4), speculate=model, **{**knobs, "seed": 3})
-    assert results == generate(model, prompts(9, 1, 4), **{**knobs, "seed": 3})
+    model, knobs = repeating("llama"), {"max_new_tokens": 25, **WAYS[way]}
+    results = generate(model, repeating_prompts(9, 1, 4), speculate=model, **{**knobs, "seed": 3})
+    assert results == generate(model, repeating_prompts(9, 1, 4), **{**knobs, "seed": 3})
     assert all(one.accepted == one.proposed for one in told(results))
     assert sum(one.accepted for one in told(results)) > 0
 
 
 def test_without_a_measure_too() -> None:
     """As it is used."""
-    model = small("gpt2")
+    model = repeating("gpt2")
     ways: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "n": 2})
     for knobs in ways:
-        expected = generate(model, prompts(9, 1, 4, 33), max_new_tokens=30, **knobs)
-        drafts: tuple[Any, ...] = ("prompt", small("gpt2", seed=1))
+        expected = generate(model, repeating_prompts(9, 1, 4, 33), max_new_tokens=30, **knobs)
+        drafts: tuple[Any, ...] = ("prompt", repeating("gpt2", seed=1))
         for speculate in drafts:
             results = generate(
-                model, prompts(9, 1, 4, 33), max_new_tokens=30, speculate=speculate, **knobs
+                model,
+                repeating_prompts(9, 1, 4, 33),
+                max_new_tokens=30,
+                speculate=speculate,
+                **knobs,
             )
             assert results == expected
 
 
 def test_prompts_wait_and_join(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = Runner(small("llama"), max_tokens=40, sequences=2)
-    check_guesses(runner, prompts(9, 1, 4, 7, 12, 3), monkeypatch, max_new_tokens=20)
+    runner = Runner(repeating("llama"), max_tokens=40, sequences=2)
+    check_guesses(runner, repeating_prompts(9, 1, 4, 7, 12, 3), monkeypatch, max_new_tokens=20)
 
 
 def test_the_end_of_the_context(eager: None) -> None:
-    model = small("gpt2")
-    given = prompts(CONTEXT - 1, CONTEXT - 2, CONTEXT - 9)
+    model = repeating("gpt2")
+    given = repeating_prompts(CONTEXT - 1, CONTEXT - 2, CONTEXT - 9)
     expected = generate(model, given, max_new_tokens=20)
-    for speculate in ("prompt", small("llama", seed=1)):
+    for speculate in ("prompt", repeating("llama", seed=1)):
         assert generate(model, given, max_new_tokens=20, speculate=speculate) == expected
-    short = Runner(small("llama", seed=1), max_tokens=CONTEXT - 5, sequences=3)
+    short = Runner(repeating("llama", seed=1), max_tokens=CONTEXT - 5, sequences=3)
     assert generate(model, given, max_new_tokens=20, speculate=short) == expected
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_streams(n: int, eager: None) -> None:
-    model = small("gpt2")
+    model = repeating("gpt2")
     knobs: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.5, "n": n, "logprobs": 0}
-    expected = list(stream(model, prompts(6, 9), **knobs))
-    pieces = list(stream(model, prompts(6, 9), speculate="prompt", **knobs))
+    expected = list(stream(model, repeating_prompts(6, 9), **knobs))
+    pieces = list(stream(model, repeating_prompts(6, 9), speculate="prompt", **knobs))
     for key in itertools.product(range(2), range(n)):
         one, other = ([p for p in x if (p.prompt, p.index) == key] for x in (pieces, expected))
         assert one == other and len(one) == 20
     runner = Runner(model, sequences=4)
-    draft = Runner(small("gpt2", seed=1), sequences=4)
-    with_drafts = stream(runner, prompts(6, 9), speculate=draft, **knobs)
+    draft = Runner(repeating("gpt2", seed=1), sequences=4)
+    with_drafts = stream(runner, repeating_prompts(6, 9), speculate=draft, **knobs)
     for _ in range(7):
         next(with_drafts)
     with_drafts.close()
@@ -260,7 +252,7 @@ def test_stop_strings(eager: None) -> None:
 
 
 def test_fewer_calls_where_the_text_repeats_itself() -> None:
-    model = small("gpt2")
+    model = repeating("gpt2")
     prompt = next(  # of which greedy decoding goes in a circle
         p for seed in range(50) for p in [prompts_of(8, seed=seed, vocabulary=SMALL)[0]]
         if len({tuple(generate(model, p, max_new_tokens=50)[0].tokens[i : i + 6]) for i in (20, 26, 32)}) == 1
@@ -274,157 +266,13 @@ def test_fewer_calls_where_the_text_repeats_itself() -> None:
 
 def test_nobody_looks_behind_a_wrong_token(eager: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that makes everything after it NaN does no harm as long as it is only guessed."""
-    model = small("llama")
+    model = repeating("llama")
     knobs: dict[str, Any] = {"max_new_tokens": 20, "suppress_tokens": [4], "temperature": 1.0}
-    given = [[token for token in prompt if token != 4] for prompt in prompts(9, 5)]
+    given = [[token for token in prompt if token != 4] for prompt in repeating_prompts(9, 5)]
     with torch.no_grad():
         model.decoder.embedding.token.weight[4] = float("nan")
     check_guesses(model, given, monkeypatch, **knobs)
     check_guesses(model, given, monkeypatch, repetition_penalty=1.3, **knobs)
-
-
-# ---- what was said before ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 20])
-def test_suffixes_are_the_longest(size: int) -> None:
-    draw = random.Random(size)
-    for _ in range(30):
-        known, tokens = Suffixes(), list[int]()
-        for _ in range(40):
-            tokens.append(draw.randrange(size))
-            known.append(tokens[-1])
-            n = len(tokens)
-            ends = {
-                length: [
-                    e for e in range(length, n) if tokens[e - length : e] == tokens[n - length :]
-                ]
-                for length in range(n)
-            }
-            longest = max(length for length, at in ends.items() if at or not length)
-            assert known.length == longest
-            assert known.end in ends[longest] or not longest
-
-
-def test_what_follows_a_match() -> None:
-    known = Suffixes([1, 2, 3, 4, 5, 6, 9, 2, 3])
-    assert (known.length, known.end) == (2, 3)
-    assert known.follow(3) == [4, 5, 6]
-    assert known.follow(8) == [4, 5, 6, 9, 2, 3, 4, 5]  # beyond the end it goes on like that
-    circle = Suffixes([7, 1, 2, 1, 2])
-    assert circle.follow(5) == [1, 2, 1, 2, 1]
-    latest = Suffixes([1, 2, 3, 1, 2, 4, 1, 2])
-    assert latest.follow(1) == [4]
-
-
-def test_a_long_text_is_followed_in_linear_time() -> None:
-    """By the number of states: two for a token at most."""
-    for tokens in ([5] * 5000, [*range(2500), *range(2500)], random.Random(0).choices(range(3), k=5000)):  # fmt: skip
-        known = Suffixes(tokens)
-        assert len(known._links) <= 2 * 5000
-
-
-def test_one_token_is_no_match() -> None:
-    row = _row([3, 4, 5, 3])
-    lookup = Lookup()
-    assert lookup.kind(row) is None
-    row.tokens.append(4)
-    assert lookup.kind(row) == 1 and lookup.draft({row: 2}) == {row: [5, 3]}
-    lookup.forget(row)
-    lookup.forget(row)
-
-
-def test_what_the_encoder_reads_is_looked_up_too() -> None:
-    lookup, row = Lookup([[9, 8, 7, 6]]), _row([1, 9, 8])
-    assert lookup.kind(row) == 1
-    assert lookup.draft({row: 5}) == {row: [7, 6]}  # up to its end
-
-
-def _row(tokens: list[int], **more: Any) -> Row:
-    from pyfuse.generation import Options
-
-    return Row(0, 0, tokens, options=Options(), stop_tokens=frozenset(), limit=50, **more)
-
-
-def test_a_draft_model_goes_back_to_what_is_right() -> None:
-    model = small("gpt2")
-    runner = Runner(model)
-    drafter, row = DraftModel(runner), _row(prompts(9)[0])
-    expected = generate(model, row.tokens, max_new_tokens=12)[0].tokens
-    assert drafter.kind(row) == 0
-    assert drafter.draft({row: 5}) == {row: expected[:5]}
-    assert runner.computed == 9 + 4
-    other = (expected[2] + 1) % SMALL
-    row.tokens += [*expected[:2], other]
-    wrong = generate(model, row.tokens, max_new_tokens=3)[0].tokens
-    assert drafter.draft({row: 3}) == {row: wrong}
-    assert runner.computed == 9 + 4 + 1 + 2  # the token that was another, and two drafted ones
-    drafter.forget(row)
-    assert runner.cache.pages_in_use == 0
-
-
-# ---- how much ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5, 0.8, 0.95, 1.0])
-@pytest.mark.parametrize("cost", [0.0, 0.05, 0.15, 0.4, 1.0])
-def test_the_best_length(rate: float, cost: float) -> None:
-    gains = [sum(rate**i for i in range(k + 1)) / (1 + cost * k) for k in range(MOST + 1)]
-    k = best_length(rate, cost, MOST)
-    assert gains[k] == pytest.approx(max(gains), rel=0.031) and (k > 0) == (max(gains) > 1.03)
-    assert k == 0 or gains[k] == pytest.approx(max(gains))
-    assert best_length(rate, cost, 0) == 0
-
-
-def test_drafts_become_longer_while_they_are_right() -> None:
-    pace, lengths = Pace(), []
-    for _ in range(20):
-        lengths.append(pace.length(1, 0.15, MOST))
-        pace.learn(1, lengths[-1], lengths[-1], 0.15)
-    assert lengths == sorted(lengths) and lengths[0] < 4 and lengths[-1] == MOST
-    assert pace.length(1, 0.15, 3) == 3
-
-
-@pytest.mark.parametrize("cost", [0.02, 0.15, 0.5, 2.0])
-@pytest.mark.parametrize("kinds", [(0,), (1, 2), (1, 2, 3, 4)])
-def test_what_wrong_drafts_cost(kinds: tuple[int, ...], cost: float) -> None:
-    pace, proposed, late = Pace(), 0, 0
-    for step in range(1, 1001):
-        length = pace.length(kinds[step % len(kinds)], cost, MOST)
-        pace.learn(kinds[step % len(kinds)], length, 0, cost)
-        proposed += length
-        late += length * (step > 500)
-        assert proposed * cost <= ALLOWANCE + SHARE * step
-    assert late <= 10  # a trial now and then
-
-
-def test_drafts_come_back_when_they_are_right_again() -> None:
-    pace = Pace()
-    for _ in range(200):
-        pace.learn(1, pace.length(1, 0.15, MOST), 0, 0.15)
-    lengths = []
-    for _ in range(120):
-        lengths.append(pace.length(1, 0.15, MOST))
-        pace.learn(1, lengths[-1], lengths[-1], 0.15)
-    assert lengths[-1] == MOST
-
-
-def test_costs_are_measured() -> None:
-    costs = Costs(0.15)
-    assert costs.of(1) == 0.15
-    assert costs.of(8) == pytest.approx(0.15 * 8 / (1 + 0.15 * 7))
-    costs.learn(1, 4, 9.0)  # nothing to compare it with yet
-    assert costs.of(1) == 0.15
-    for _ in range(20):
-        costs.learn(1, 0, 2.0)
-        costs.learn(1, 5, 2.0 * (1 + 5 * 0.4))
-    costs.learn(1, 1, 1000.0)  # something else kept the machine busy
-    assert costs.of(1) == pytest.approx(0.4)
-    assert costs.of(2) == pytest.approx(0.3 / 1.15)
-    costs.learn(2, 0, 1.0)
-    for _ in range(20):
-        costs.learn(2, 6, 0.9)
-    assert costs.of(2) == 0.0
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -454,7 +302,7 @@ def test_other_bad_requests() -> None:
     with pytest.raises(ValueError, match="speculate: got the model's own runner"):
         generate(runner, [[3]], speculate=runner)
     with pytest.raises(ValueError, match=r"speculate: .* window"):
-        generate(small("llama"), [[3]], speculate=small("mistral"))
+        generate(repeating("llama"), [[3]], speculate=repeating("mistral"))
     with pytest.raises(TypeError, match="draft_tokens: got True"):
         generate(model, [[3]], speculate="prompt", draft_tokens=True)
     with pytest.raises(ValueError, match="draft_tokens"):
@@ -470,5 +318,11 @@ def test_drafts_are_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         return most
 
     monkeypatch.setattr(Pace, "length", length)
-    generate(small("gpt2"), prompts(9), speculate=small("llama"), draft_tokens=3, max_new_tokens=20)
+    generate(
+        repeating("gpt2"),
+        repeating_prompts(9),
+        speculate=repeating("llama"),
+        draft_tokens=3,
+        max_new_tokens=20,
+    )
     assert max(asked) == 3

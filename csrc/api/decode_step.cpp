@@ -163,7 +163,7 @@ void step(const Model& model, const py::tuple& call) {
   p.k = from.address("k"), p.v = from.address("v");
   p.cache = dtype_of(from.integer());
   p.prompt = from.integer() != 0, p.every = from.integer() != 0;
-  p.logits = static_cast<float*>(from.address());
+  p.logits = static_cast<float*>(from.address("logits"));
   p.logits_stride = from.integer();
   p.threads = at_least_one(static_cast<int>(from.integer()));
   check_step(p);
@@ -174,6 +174,8 @@ void step(const Model& model, const py::tuple& call) {
 }  // namespace
 
 void register_decode_step(py::module_& m) {
+  m.attr("most_step_queries") = MOST_STEP_QUERIES;
+  m.attr("most_step_rows") = MOST_STEP_ROWS;
   py::class_<Model>(m, "StepModel", "A packed decoder; see csrc/api/decode_step.cpp.")
       .def(py::init<const py::tuple&, const py::tuple&, const py::tuple&, const py::tuple&,
                     const py::tuple&, const py::sequence&>())

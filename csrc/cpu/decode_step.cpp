@@ -26,6 +26,7 @@ void attention(const AttentionParams& p);
 namespace {
 
 constexpr int64_t ROW_BLOCK = 48;  // rows of a task: they stay in the second-level cache
+static_assert(MOST_STEP_ROWS <= MOST_ROWS, "one pass of Decode serves them");
 
 int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
@@ -361,7 +362,6 @@ class Step {
   }
 
   void head() const {
-    if (p.logits == nullptr) return;
     const int64_t count = p.every ? rows : p.sequences;
     const auto norm = [&](int64_t row, float* room) {
       const int64_t from = p.every ? row : (row + 1) * p.queries - 1;

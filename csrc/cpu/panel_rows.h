@@ -5,11 +5,12 @@
 // taken across a vector. Each output is a sum of chains of at most MOST_TERMS additions, the same
 // for any number of rows: a row's result does not depend on the rows beside it.
 #pragma once
+#include "cpu/isa.h"
 #include "cpu/tile_product.h"
 
 namespace pyfuse::cpu::PYFUSE_ISA {
 
-constexpr int PANEL = 64;
+constexpr int PANEL = packed_linear_panel;
 constexpr int MOST_PANEL_ROWS = 6;  // of one pass over a panel (see most_rows)
 constexpr int MOST_TERMS = 256;     // of a sum; then these sums are added (see linear_packed.cpp)
 constexpr int SLICE = 16;           // outputs: the least part of a panel that is a task
@@ -148,20 +149,22 @@ PYFUSE_INLINE vfloat as_float(vint v) { return __builtin_convertvector(v, vfloat
 // What comes next in memory, asked for a little with each step of the sums.
 struct Ahead {
   const char* next;
-  int64_t bytes;  // of a step; a prefetch for each line of them, at least one
+  int64_t bytes;  // of a step
 };
 
 // sums[r·PANEL + j] += rows[r] · column j of a panel, j < N vectors, `length` terms (add: else =).
 // A function of its own, for its registers' sake (see tile_product.h).
-template <class S, int R, int N, int LINES>
+template <class S, int R, int N>
 PYFUSE_APART void multiply_columns(const typename Panels<S>::Row* rows, int64_t stride,
                                    const S* panel, int64_t length, Ahead ahead, bool add,
                                    float* sums) {
   constexpr int W = Vec<float>::width, unit = Panels<S>::unit;
+  // With one row memory is what counts: every line of the pass is asked for, and close at hand.
+  constexpr int LINES = R == 1 ? N * W * unit * static_cast<int>(sizeof(S)) / 64 : 1;
   typename Panels<S>::V acc[R][N] = {};
   for (int64_t j = 0; j < length; j += unit) {
     PYFUSE_UNROLL for (int line = 0; line < LINES; ++line)
-        __builtin_prefetch(ahead.next + 64 * line, 0, LINES > 1 ? 3 : 2);
+        __builtin_prefetch(ahead.next + 64 * line, 0, R == 1 ? 3 : 2);
     ahead.next += ahead.bytes;
     Panels<S>::template add<R, N>(acc, rows + j, stride, panel + j * PANEL);
   }
@@ -180,17 +183,12 @@ void multiply_slice(const typename Panels<S>::Row* rows, int64_t stride, const S
                     int64_t length, int first, int last, Ahead ahead, bool add, float* sums) {
   constexpr int W = Vec<float>::width, N = panel_vectors<R>, unit = Panels<S>::unit;
   constexpr int LEAST = R == 1 ? 2 * SLICE : SLICE, SMALL = N * W <= LEAST ? N : LEAST / W;
-  // With one row memory is what counts: every line of a pass is asked for.
-  constexpr int LINE = W * unit * sizeof(S) >= 64 ? 1 : 64 / static_cast<int>(W * unit * sizeof(S));
-  constexpr int LINES = R == 1 ? (N + LINE - 1) / LINE : 1;
-  constexpr int SMALL_LINES = R == 1 ? (SMALL + LINE - 1) / LINE : 1;
   int j = first;
   for (; j + N * W <= last; j += N * W, ahead.next += length / unit * ahead.bytes) {
-    multiply_columns<S, R, N, LINES>(rows, stride, panel + j * unit, length, ahead, add, sums + j);
+    multiply_columns<S, R, N>(rows, stride, panel + j * unit, length, ahead, add, sums + j);
   }
   for (; j < last; j += SMALL * W, ahead.next += length / unit * ahead.bytes) {
-    multiply_columns<S, R, SMALL, SMALL_LINES>(rows, stride, panel + j * unit, length, ahead, add,
-                                               sums + j);
+    multiply_columns<S, R, SMALL>(rows, stride, panel + j * unit, length, ahead, add, sums + j);
   }
 }
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from pyfuse.backends.cpu_module import ACTIVATION, DTYPE, module, why_unavailable
 from pyfuse.sinusoids import sinusoids
 
-PANEL = 64  # outputs of a panel (csrc/cpu/panel_rows.h)
 # What lies together in a panel, as one number.
 _UNIT = {torch.float32: torch.float32, torch.bfloat16: torch.int32, torch.int8: torch.int16}
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # pyfuse::StepWeights
@@ -49,16 +48,17 @@ def _adaptive(model: Any) -> bool:
     return model.decoder.rope is not None and bool(model.decoder.rope.follows_length)
 
 
-def _padded(n: int) -> int:
-    return (n + PANEL - 1) // PANEL * PANEL
+def _padded(n: int, panel: int) -> int:
+    return (n + panel - 1) // panel * panel
 
 
 def _memory(size: int) -> Tensor:
     """Bytes, in large pages where the system has them: numpy asks for these, torch does not."""
     import numpy as np  # not before it is needed: `pyfuse doctor` runs without
 
-    room = torch.from_numpy(np.empty(size + PANEL, np.uint8))
-    return room[-room.data_ptr() % PANEL :][:size]  # vectors do not cross cache lines
+    line = 64  # of the cache: vectors do not cross them
+    room = torch.from_numpy(np.empty(size + line, np.uint8))
+    return room[-room.data_ptr() % line :][:size]
 
 
 def _floats(values: Tensor, size: int) -> Tensor:
@@ -73,7 +73,8 @@ class _Matrix:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: torch.dtype) -> None:
         self.n, self.k = weight.shape
-        rows, columns = _padded(self.n), _padded(self.k)
+        panel: int = module().packed_linear_panel
+        rows, columns = _padded(self.n, panel), _padded(self.k, panel)
         self.scale: Tensor | None = None
         self.bias = None if bias is None else _floats(bias, rows)
         weight, unit = weight.detach(), _UNIT[kind]
@@ -82,15 +83,15 @@ class _Matrix:
             steps = torch.where(scale > 0, scale, 1.0)
             self.scale = _floats(scale, rows)
         self.packed = _memory(rows * columns * kind.itemsize).view(unit)
-        panels = self.packed.view(rows // PANEL, -1, PANEL)  # [N/64][units of K][64]
-        whole = weight.new_zeros(PANEL, columns, dtype=kind)
-        for i in range(0, self.n, PANEL):  # one by one: no second copy of a large matrix
-            part = weight[i : i + PANEL]
+        panels = self.packed.view(rows // panel, -1, panel)  # [N/64][units of K][64]
+        whole = weight.new_zeros(panel, columns, dtype=kind)
+        for i in range(0, self.n, panel):  # one by one: no second copy of a large matrix
+            part = weight[i : i + panel]
             if kind == torch.int8:
-                part = (part.float() / steps[i : i + PANEL, None]).round()
+                part = (part.float() / steps[i : i + panel, None]).round()
             whole[: len(part), : self.k] = part
             whole[len(part) :] = 0
-            panels[i // PANEL] = whole.view(unit).t()
+            panels[i // panel] = whole.view(unit).t()
 
     def arguments(self) -> tuple[int, ...]:
         return (_address(self.packed), _address(self.scale), _address(self.bias), self.n, self.k)
@@ -123,26 +124,25 @@ class NativeStep:
         kind = table.dtype if weights is None else weights
         if kind not in (table.dtype, torch.int8):
             raise ValueError(f"weights: got {weights}, needs {table.dtype} or torch.int8")
-        self.vocabulary, self.layers = c.vocabulary, c.layers
+        self.vocabulary = c.vocabulary
         self._kept: list[Any] = [table]
         self._kind = kind
-        # Tokens of a sequence in one call that is no prompt's (params.h).
-        self.most = max(1, min(16, 64 // (c.heads // (c.kv_heads or c.heads))))
+        group, limits = c.heads // (c.kv_heads or c.heads), module()
+        # Tokens of a sequence in one call that is no prompt's.
+        self.most = max(1, min(limits.most_step_queries, limits.most_step_rows // group))
+        length = length or c.max_positions
         cos = sin = places = None
         positions = 0
         if stack.rope is not None:
-            cos, sin = stack.rope.tables(length or c.max_positions, table.device)
+            cos, sin = stack.rope.tables(length, table.device)
             positions = cos.shape[0]
         elif c.position == "learned":
             places = stack.embedding.position.weight.detach().float().contiguous()
         elif c.position == "sinusoidal":
-            places = sinusoids(
-                torch.arange(length or c.max_positions), c.width, 10000.0, torch.float32
-            )
+            places = sinusoids(torch.arange(length), c.width, 10000.0, torch.float32)
         if places is not None:
             positions = len(places)
         self._kept += [cos, sin, places]
-        self.positions = positions
         sizes = (
             c.width, c.heads, c.kv_heads or c.heads, c.d, c.hidden, c.vocabulary, WEIGHTS[kind], DTYPE[table.dtype],
             positions, 0 if cos is None else 2 * cos.shape[1],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -34,45 +33,40 @@ class KernelStep:
         size = sum(
             p.numel() * (p if weights is None else weights).itemsize for p in model.parameters()
         )
-        check_memory(size, cache.device, "the packed weights")
+        check_memory(size, cache.device, "weights: a packed copy needs", "kernel=False needs none")
         self.native, self.cache = NativeStep(model, max_tokens, weights), cache
 
     def forward_rows(
         self, ids: list[int], slots: Sequence[Slot], counts: Sequence[int], every: bool
     ) -> Tensor:
         """See Step."""
-        table, lengths = self.cache.prepare(slots, counts)
-        rows, ends = torch.tensor(ids), lengths.long()
-        begins = list(accumulate(counts, initial=0))
-        groups: dict[tuple[int, bool], list[int]] = {}  # sequences that one call takes
-        for b, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-            groups.setdefault((count, not goes_on(slot, count)), []).append(b)
-        found: list[Tensor] = [rows[:0]] * len(slots)
-        for (count, prompt), which in groups.items():
-            own = rows.view(len(slots), count) if len(which) == len(slots) else None
-            if own is None:
-                own = torch.stack([rows[begins[b] : begins[b] + count] for b in which])
-            logits = self._call(own, ends[which], table[which], prompt, every)
-            if len(which) == len(slots):
-                return logits
+        table, ends = self.cache.prepare(slots, counts)
+        kinds = [
+            (count, not goes_on(slot, count)) for slot, count in zip(slots, counts, strict=True)
+        ]
+        if len(set(kinds)) == 1:  # as in nearly every step: one call, and nothing to sort
+            count, prompt = kinds[0]
+            return self._call(torch.tensor(ids).view(-1, count), ends, table, prompt, every)
+        found: list[Tensor] = [ends] * len(slots)
+        parts = torch.tensor(ids).split(list(counts))
+        for kind in dict.fromkeys(kinds):
+            which = [b for b, other in enumerate(kinds) if other == kind]
+            rows = torch.stack([parts[b] for b in which])
+            logits = self._call(rows, ends[which], table[which], kind[1], every)
             for b, part in zip(which, logits.chunk(len(which)), strict=True):
                 found[b] = part
         return torch.cat(found)
 
     def _call(self, ids: Tensor, ends: Tensor, table: Tensor, prompt: bool, every: bool) -> Tensor:
         """ids [B, M], in calls of as many tokens as the step takes."""
-        count, cache = ids.shape[1], self.cache
-        most = count if prompt else self.native.most
-        parts = []
-        for at in range(0, count, most):
-            some = ids[:, at : at + most].contiguous()
-            last = at + most >= count
-            parts.append(
-                self.native(
-                    some, ends - (count - at - some.shape[1]), table, cache.k, cache.v,
-                    prompt=prompt, every=every,
-                ).view(len(ids), -1, self.native.vocabulary)
-            )  # fmt: skip
-            if last and not every:
-                return parts[-1][:, 0]
-        return torch.cat(parts, 1).flatten(0, 1)
+        cache, native = self.cache, self.native
+        many = ids.shape[1] - native.most
+        if prompt or many <= 0:
+            return native(ids, ends, table, cache.k, cache.v, prompt=prompt, every=every)
+        first = self._call(ids[:, :many].contiguous(), ends - native.most, table, prompt, every)
+        rest = ids[:, many:].contiguous()
+        last = native(rest, ends, table, cache.k, cache.v, every=every)
+        if not every:
+            return last
+        sizes = (len(ids), -1, native.vocabulary)
+        return torch.cat([first.view(sizes), last.view(sizes)], 1).flatten(0, 1)

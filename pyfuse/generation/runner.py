@@ -192,7 +192,8 @@ class Runner:
                 found[i] = [*found[i], rows] if every else [rows]
             if progress is not None:
                 progress(sum(slot.length for slot, _ in work) - before, total)
-        return torch.cat([rows for parts in found for rows in parts])
+        all_rows = [rows for parts in found for rows in parts]
+        return all_rows[0] if len(all_rows) == 1 else torch.cat(all_rows)
 
     def _batches(
         self, work: Work, few: list[int], every: bool
@@ -260,9 +261,12 @@ class Runner:
                     f"a sequence of {slot.length} tokens has room for {self.max_tokens - slot.length} more,"
                     f" but {len(tokens)} are wanted (max_tokens={self.max_tokens})"
                 )
-        self.cache.check_room(
-            [slot for slot, _ in work], [len(tokens) for _, tokens in work], self.chunk
-        )
+        if not all(
+            goes_on(slot, len(tokens)) for slot, tokens in work
+        ):  # else one call, which looks
+            self.cache.check_room(
+                [slot for slot, _ in work], [len(tokens) for _, tokens in work], self.chunk
+            )
 
 
 def _max_tokens(model: Transformer, wanted: int | None) -> int:

@@ -20,11 +20,10 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
-def check_memory(wanted: int, device: torch.device, what: str) -> None:
-    """MemoryError, if so many bytes are not there."""
+def check_memory(wanted: int, device: torch.device, what: str, remedy: str) -> None:
+    """MemoryError, if so many bytes are not there: what needs them, and what would help."""
     available = available_bytes(device)
     if available is not None and wanted > available:
         raise MemoryError(
-            f"cache: {what} need {wanted} bytes, but {available} are available on {device}:"
-            " fewer sequences or max_tokens need less"
+            f"{what} {wanted} bytes, but {available} are available on {device}: {remedy}"
         )

@@ -77,7 +77,10 @@ class PagedCache:
         kept = torch.int8 if quantized else dtype
         shape = layers, pages, heads, page_size
         self.bytes = 2 * math.prod(shape) * (d * kept.itemsize + 4 * quantized)
-        check_memory(self.bytes, self.device, f"{pages} pages of {page_size} tokens")
+        check_memory(
+            self.bytes, self.device, f"cache: {pages} pages of {page_size} tokens need",
+            "fewer sequences or max_tokens need less",
+        )  # fmt: skip
         with torch.inference_mode(False):  # else nobody could write to them outside of it
             self.k, self.v = (torch.empty(*shape, d, dtype=kept, device=device) for _ in "kv")
             if quantized:
@@ -158,7 +161,7 @@ class PagedCache:
     def prepare(self, slots: Sequence[Slot], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Reserve places for counts[b] more tokens of slots[b]: no page that is written to is anybody else's then.
 
-        Returns (block_table [B, P], lengths [B]), int32; lengths include the new tokens. In block_table all entries
+        Returns block_table [B, P], int32, and lengths [B], int64, the new tokens included. In block_table all entries
         are pages, but those before the window or beyond a sequence's length mean nothing.
         CacheFull: there is no room; nothing is reserved then. ValueError: a slot has ended, or comes twice.
         """
@@ -171,7 +174,7 @@ class PagedCache:
         rows = [[max(p, 0) for p in s.pages] + [0] * (width - len(s.pages)) for s in slots]
         lengths = [slot.length + count for slot, count in zip(slots, counts, strict=True)]
         table = torch.tensor(rows, dtype=torch.int32).reshape(len(slots), width)
-        return table.to(self.device), torch.tensor(lengths, dtype=torch.int32).to(self.device)
+        return table.to(self.device), torch.tensor(lengths).to(self.device)
 
     def commit(self, slot: Slot, tokens: Sequence[int]) -> None:
         """The keys and values of these tokens have been written to the places reserved for them."""

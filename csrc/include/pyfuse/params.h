@@ -234,7 +234,7 @@ struct StepParams {
   DType cache;  // f32 or bf16
   bool prompt;  // many tokens of each sequence: attention by tiles, else at most MOST_STEP_QUERIES
   bool every;   // logits of every token, not of the last ones
-  float* logits;  // [rows or sequences, logits_stride]; null: none
+  float* logits;  // [rows or sequences, logits_stride]
   int64_t logits_stride;
   int threads;
 };
